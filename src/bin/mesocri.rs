@@ -1,0 +1,3 @@
+//! The daemon and the operator commands.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The shim: see [`mesocri::shim`].
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! F8: the daemon and the operator's commands: the only reader of file, flags and environment.

@@ -1,0 +1,32 @@
+//! F2: the on-disk tree, drawn once, and the records in it. No other module joins path strings.
+//!
+//! ```text
+//! root (persistent, 0700, default /var/lib/mesocri)
+//! ├── version                        format number of everything below
+//! ├── store/
+//! │   ├── layers/<short>/            one layer: fs/ (its files) and layer.json (diff id, bytes, inodes); <short> is the first
+//! │   │                              32 hex digits of the diff id, so that lowerdir options stay short
+//! │   ├── images/<hex>.json          one image record; writing it is the commit point of a pull
+//! │   ├── staging/<random>/          layers being unpacked; swept at start
+//! │   ├── leases/<id>.json           what holds layers that no image record holds
+//! │   └── rootfs/<container>/        per container: upper/, work/ (overlay) or fs/ (copy)
+//! ├── pods/<pod>/pod.json            the pod's record
+//! │   └── containers/<id>/container.json, volumes/<n>/
+//! ├── networks/<name>/               address leases of the built-in bridge, cached CNI results
+//! └── quarantine/                    records that could not be read, with the reason beside them
+//!
+//! state (gone after a reboot, 0700, default /run/mesocri)
+//! ├── mesocri.sock                   CRI
+//! ├── lock                           one daemon per state directory
+//! ├── shims/<pod>.sock               the pod's shim
+//! ├── pods/<pod>/                    sandbox/ (bundle), shm/, hostname, hosts, resolv.conf
+//! │   └── containers/<id>/           bundle: config.json, mesocri.json, seccomp.bpf, rootfs/
+//! └── seccomp/<digest>.bpf           compiled filters, one per profile
+//!
+//! /run/netns/mesocri-<pod, 20 hex>   pinned network namespaces (where `ip netns` finds them)
+//! ```
+
+pub mod layout;
+pub mod record;
+
+pub use layout::Layout;

@@ -1,0 +1,119 @@
+//! F4: isolators. One aspect of isolation per file; each describes what it wants as a [`LaunchPatch`], the launcher acts.
+//!
+//! To add one: write `isolators/<name>.rs` with an [`Entry`], add its `mod` line and its row in [`ENTRIES`]. Row order is
+//! prepare order, cleanup runs in reverse. The smallest example is `linux_nnp.rs`.
+
+pub mod set;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::disk::Layout;
+use crate::launcher::Sandbox;
+use crate::model::error::Result;
+use crate::model::image::{Image, RootFs};
+use crate::model::plan::LaunchPatch;
+use crate::model::resources::Resources;
+use crate::model::stats::CgroupStats;
+use crate::model::{ContainerId, ContainerSpec, PodId, PodSpec};
+
+pub use set::Isolators;
+
+/// What a container's preparation may look at beyond the pod.
+#[derive(Clone, Copy)]
+pub struct ContainerCx<'a> {
+    /// Its id.
+    pub id: &'a ContainerId,
+    /// As asked for.
+    pub spec: &'a ContainerSpec,
+    /// Its image.
+    pub image: &'a Image,
+    /// Its root filesystem.
+    pub rootfs: &'a RootFs,
+    /// The running sandbox it goes into.
+    pub sandbox: &'a Sandbox,
+    /// First process of the container whose process namespace is shared (`NamespaceMode::Target`).
+    pub target_pid: Option<u32>,
+}
+
+/// What an isolator may look at: a pod being made (`container` is `None`: prepare the sandbox) or a container in it.
+#[derive(Clone, Copy)]
+pub struct Cx<'a> {
+    /// The pod's id.
+    pub pod_id: &'a PodId,
+    /// The pod as asked for.
+    pub pod: &'a PodSpec,
+    /// Set when a container is prepared, `None` for the pod's sandbox.
+    pub container: Option<ContainerCx<'a>>,
+}
+
+/// One aspect of isolation. Every verb has a do-nothing default. All are called by the pod's actor, one at a time per pod,
+/// in row order (cleanup in reverse); different pods run at once.
+#[async_trait]
+pub trait Isolator: Send + Sync {
+    /// Name, as in the configuration's `isolation` list.
+    fn name(&self) -> &'static str;
+
+    /// Describes what the sandbox or container needs. May acquire things outside the process (a mount, an address): then
+    /// `cleanup` gives them back, and it is called even if this fails half-way.
+    ///
+    /// # Errors
+    /// Fail the creation; earlier isolators are cleaned up.
+    async fn prepare(&self, cx: &Cx<'_>) -> Result<LaunchPatch> {
+        let _ = cx;
+        Ok(LaunchPatch::default())
+    }
+
+    /// The process exists, blocked before exec: what can only be done to a process (systemd scope). After every `prepare`.
+    ///
+    /// # Errors
+    /// Fail the creation.
+    async fn isolate(&self, cx: &Cx<'_>, pid: u32) -> Result<()> {
+        let _ = (cx, pid);
+        Ok(())
+    }
+
+    /// New limits for a created or running container; `merged` is what then holds in all.
+    ///
+    /// # Errors
+    /// Fail the update; nothing is recorded then.
+    async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<()> {
+        let _ = (cx, merged);
+        Ok(())
+    }
+
+    /// A sample of use of the pod (`container` is `None`) or container; only the cgroups isolator answers. Synchronous and
+    /// cheap: it is called for every container of a list.
+    fn usage(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Option<CgroupStats> {
+        let _ = (pod_id, pod, container);
+        None
+    }
+
+    /// Gives back what `prepare` acquired for the pod (`container` is `None`) or container. Idempotent; may be called for an
+    /// unknown id; always after `prepare` has ended and the processes are dead.
+    ///
+    /// # Errors
+    /// Kept and reported; cleanup of the other isolators goes on.
+    async fn cleanup(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Result<()> {
+        let _ = (pod_id, pod, container);
+        Ok(())
+    }
+
+    /// After a restart, before anything else: pods that exist. What belongs to any other pod is given back.
+    ///
+    /// # Errors
+    /// Reported; the daemon starts all the same.
+    async fn recover(&self, known: &[PodId]) -> Result<()> {
+        let _ = known;
+        Ok(())
+    }
+}
+
+/// What isolators are built from, in place of many arguments.
+pub struct Deps {
+    /// The on-disk tree.
+    pub layout: Layout,
+    /// Pod networks.
+    pub network: Arc<dyn crate::network::Network>,
+}

@@ -1,0 +1,68 @@
+//! F3: pod networks. Pinned network namespaces, the loopback, the built-in bridge (netlink, addresses kept on disk, nftables) and
+//! CNI plugins as the CNI specification says.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::model::error::Result;
+use crate::model::stats::InterfaceStats;
+use crate::model::{PodId, PodSpec};
+
+/// What a pod got from its network.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Addresses without prefix length, primary first.
+    pub ips: Vec<String>,
+    /// Name of the network (CNI `name`, or `mesocri` for the built-in bridge).
+    pub network: String,
+    /// CNI result document, verbatim, when a plugin made it.
+    pub result: Option<serde_json::Value>,
+}
+
+/// Why the network is (not) ready, for CRI Status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Pods can be attached.
+    Ready,
+    /// They cannot; the text says what is missing.
+    NotReady(String),
+}
+
+/// Attaches pods. One implementation per kind (`bridge`, `cni`), chosen by configuration and by what is in the CNI directory.
+#[async_trait]
+pub trait Network: Send + Sync {
+    /// Makes the pinned namespace at [`crate::disk::Layout::netns`], brings the loopback up, attaches the pod. On failure
+    /// everything is undone. What `detach` needs is on disk before the act.
+    ///
+    /// # Errors
+    /// The plugin's message in full, or the failed netlink act.
+    async fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment>;
+
+    /// Detaches and removes the namespace. Idempotent; safe for pods that were attached half or never, and when the
+    /// namespace is gone already.
+    ///
+    /// # Errors
+    /// When a plugin's DEL failed after its ADD had completed; the caller retries.
+    async fn detach(&self, pod: &PodId, spec: &PodSpec) -> Result<()>;
+
+    /// For Status.
+    async fn readiness(&self) -> Readiness;
+
+    /// Counters of the pod's interfaces, `lo` left out.
+    ///
+    /// # Errors
+    /// When the namespace is gone.
+    async fn stats(&self, pod: &PodId) -> Result<Vec<InterfaceStats>>;
+
+    /// Gives the pod range to networks that are made from it (CRI UpdateRuntimeConfig); comma list for two families.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on malformed CIDRs.
+    async fn set_pod_cidr(&self, cidr: &str) -> Result<()>;
+
+    /// After a restart: frees addresses, rules, links and namespaces of pods that are not in `known`.
+    ///
+    /// # Errors
+    /// What could not be freed.
+    async fn recover(&self, known: &[PodId]) -> Result<()>;
+}

@@ -1,0 +1,123 @@
+//! F3: the provisioner. Pulls images into one canonical layer store, builds root filesystems from layers, collects what
+//! nobody uses. Whoever calls (CRI, Mesos), this is the only owner of the store directory.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::error::Result;
+use crate::model::image::{FsUsage, Image, RootFs};
+use crate::model::{ImageId, Reference};
+
+/// Credentials of one request (CRI `AuthConfig`, cri-behaviour §13.3). Never logged: no `Debug`.
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
+pub struct Credentials {
+    /// User name.
+    pub username: String,
+    /// Password.
+    pub password: String,
+    /// OAuth2 refresh token.
+    pub identity_token: String,
+    /// Bearer token, sent as it is.
+    pub registry_token: String,
+    /// If set, the only registry host these may be sent to.
+    pub server_address: String,
+}
+
+/// One image to pull.
+#[derive(Clone)]
+pub struct PullRequest {
+    /// What.
+    pub reference: Reference,
+    /// With which credentials; `None` is anonymous.
+    pub credentials: Option<Credentials>,
+}
+
+/// Progress of a pull, one event per change worth showing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PullEvent {
+    /// The manifest is known.
+    Resolved {
+        /// Blob digests in layer order, with their compressed bytes.
+        layers: Vec<(String, u64)>,
+    },
+    /// A layer was in the store already.
+    Exists {
+        /// Index into the layers.
+        layer: usize,
+    },
+    /// Compressed bytes of a layer have arrived.
+    Downloaded {
+        /// Index into the layers.
+        layer: usize,
+        /// Bytes so far.
+        bytes: u64,
+    },
+    /// A layer is unpacked and verified.
+    Unpacked {
+        /// Index into the layers.
+        layer: usize,
+    },
+    /// The image is committed.
+    Committed,
+}
+
+/// What the containerizer and the fronts need of images.
+#[async_trait]
+pub trait Images: Send + Sync {
+    /// Pulls an image; identical pulls that run at once share the work. Returns when the image is durable and listed.
+    /// Cancelling (or dropping every waiter) stops the work and leaves nothing behind.
+    ///
+    /// # Errors
+    /// `NotFound` (no such image, tag or platform), `Unauthenticated`, `PermissionDenied`, `Unavailable` (registry not
+    /// reachable; message starts with `RegistryUnavailable: `), `DataLoss` (digest mismatch), `ResourceExhausted`, `Cancelled`.
+    async fn pull(&self, request: PullRequest, progress: Option<mpsc::UnboundedSender<PullEvent>>, cancel: CancellationToken) -> Result<ImageId>;
+
+    /// Imports every image of an archive (docker-archive or OCI layout, file or directory).
+    ///
+    /// # Errors
+    /// `InvalidArgument` when it is neither, `DataLoss` on digest mismatches.
+    async fn load(&self, archive: &std::path::Path) -> Result<Vec<ImageId>>;
+
+    /// All images. From memory.
+    fn list(&self) -> Vec<Arc<Image>>;
+
+    /// Finds by id, unique id prefix (with or without `sha256:`), tag, digest or name without tag. From memory.
+    fn resolve(&self, key: &str) -> Option<Arc<Image>>;
+
+    /// Removes all references of the image that `key` names; unknown is fine. Its layers go as soon as nothing uses them.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn remove(&self, key: &str) -> Result<()>;
+
+    /// Bytes and inodes that the store occupies on disk, and the directory to name as its mount point.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn fs_info(&self) -> Result<(std::path::PathBuf, FsUsage)>;
+
+    /// Builds the root filesystem of `container` from `image`, which stays leased until [`Images::release`]. Idempotent.
+    ///
+    /// # Errors
+    /// `NotFound` when the image vanished, `ResourceExhausted`.
+    async fn provision(&self, container: &str, image: &Image) -> Result<RootFs>;
+
+    /// Removes the root filesystem of `container`; unknown is fine.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn release(&self, container: &str) -> Result<()>;
+
+    /// Bytes and inodes of the container's writable part, and when they were counted (ns since the epoch). May be some
+    /// seconds old; counted in the background. `None` for unknown containers.
+    fn usage(&self, container: &str) -> Option<(FsUsage, i64)>;
+
+    /// After a restart: drops root filesystems and leases of containers that are not in `known`, sweeps staging.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn recover(&self, known: &[String]) -> Result<()>;
+}

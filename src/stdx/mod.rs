@@ -1,0 +1,7 @@
+//! F0: what std lacks. Small, general, no knowledge of containers.
+
+#[cfg(feature = "daemon")]
+pub mod blocking;
+pub mod clock;
+pub mod failpoint;
+pub mod undo;

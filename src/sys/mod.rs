@@ -1,0 +1,5 @@
+//! F0: the only unsafe code. Thin, safe wrappers over system calls that `nix` and `rustix` lack.
+//!
+//! Invariant: every `unsafe` block has a SAFETY line; no policy, no logging, no allocation after a fork in the child paths.
+
+pub mod random;

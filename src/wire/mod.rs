@@ -1,0 +1,1 @@
+//! F0: generated code and nothing else.
