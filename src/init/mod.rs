@@ -51,8 +51,6 @@ pub struct Blocked {
     pub console: Option<OwnedFd>,
     /// Cgroup directories made for it, to be removed on delete; empty when the daemon places it.
     pub cgroup: Option<crate::init::CgroupRef>,
-    /// Writing one byte lets it go on to exec; its other end reports a failed exec.
-    pub(crate) sync: OwnedFd,
 }
 
 /// How to find a container's cgroup again: the path below the hierarchy roots, as `linux.cgroupsPath` resolved.
