@@ -10,13 +10,13 @@
 //! | F7 | [`cri`] | Kubernetes CRI v1: validates, converts, calls the containerizer, converts back |
 //! | F5 | [`containerizer`] | the façade the fronts call: pod actors, recovery, publishing |
 //! | F4 | [`isolators`] | one aspect of isolation per file; they describe, the launcher acts |
-//! | F3 | [`provisioner`], [`launcher`], [`network`], [`shim`], [`init`] | images and root filesystems; shims; pod networks; processes |
+//! | F3 | [`provisioner`], [`launcher`], [`network`], [`shim`] | images and root filesystems; shims; pod networks; processes |
+//! | F2½ | [`init`] | the child half between fork and exec; started by the shim |
 //! | F2 | [`disk`], [`cgroups`] | the on-disk tree and its records; the control group file systems |
 //! | F1 | [`model`] | plain data and errors |
 //! | F0 | [`sys`], [`stdx`], [`wire`] | the only unsafe code; what std lacks; generated code |
 //!
-//! `shim` and `init` are built without the `daemon` feature, so nothing heavy can be linked into them (`init` is F2 to `shim`:
-//! the shim starts it).
+//! `shim` and `init` are built without the `daemon` feature, so nothing heavy can be linked into them.
 //!
 //! # Invariants
 //!

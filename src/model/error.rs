@@ -120,6 +120,13 @@ impl fmt::Display for Error {
     }
 }
 
+#[cfg(feature = "daemon")]
+impl From<crate::stdx::blocking::Failed> for Error {
+    fn from(failed: crate::stdx::blocking::Failed) -> Self {
+        Self::with(Kind::Internal, "run in the background", failed)
+    }
+}
+
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_ref().map(|s| &**s as &(dyn std::error::Error + 'static))

@@ -1,12 +1,27 @@
 //! The one gate through which async code does blocking work: file system calls that may sleep on a slow disk must not
 //! hold one of the few worker threads.
 
-use crate::model::error::{Error, Kind, Result};
+/// The work itself broke (a panic): which, and how.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: background work failed: {cause}")]
+pub struct Failed {
+    /// Name of the work.
+    pub what: &'static str,
+    /// What the runtime says of it.
+    pub cause: String,
+}
 
-/// Runs `work` on the blocking pool. A panic inside becomes an `Internal` error naming `what`.
-pub async fn run<T: Send + 'static>(what: &'static str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+/// Runs `work` on the blocking pool. A panic inside becomes [`Failed`] naming `what`.
+///
+/// # Errors
+/// Those of `work`, and [`Failed`].
+pub async fn run<T, E>(what: &'static str, work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<Failed> + Send + 'static,
+{
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(e) => Err(Error::with(Kind::Internal, what, e)),
+        Err(e) => Err(Failed { what, cause: e.to_string() }.into()),
     }
 }
