@@ -1,1 +1,3 @@
 //! F0: generated code and nothing else.
+
+pub mod cri;
