@@ -123,6 +123,21 @@ impl Layout {
         self.root.join("networks")
     }
 
+    /// Records of what pods got from their networks.
+    pub fn network_records(&self) -> PathBuf {
+        self.networks().join("pods")
+    }
+
+    /// What one pod got from its network.
+    pub fn network_record(&self, id: &PodId) -> PathBuf {
+        self.network_records().join(format!("{id}.json"))
+    }
+
+    /// The pod range that the front gave last.
+    pub fn pod_cidr(&self) -> PathBuf {
+        self.networks().join("pod-cidr.json")
+    }
+
     /// Unreadable records.
     pub fn quarantine(&self) -> PathBuf {
         self.root.join("quarantine")

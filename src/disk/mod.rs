@@ -12,7 +12,9 @@
 //! │   └── rootfs/<container>/        per container: upper/, work/ (overlay) or fs/ (copy)
 //! ├── pods/<pod>/pod.json            the pod's record
 //! │   └── containers/<id>/container.json, volumes/<n>/
-//! ├── networks/<name>/               address leases of the built-in bridge, cached CNI results
+//! ├── networks/
+//! │   ├── pods/<pod>.json                which network attached a pod: its addresses and ports, or its CNI configuration and result
+//! │   └── pod-cidr.json              the pod range that the front gave last
 //! └── quarantine/                    records that could not be read, with the reason beside them
 //!
 //! state (gone after a reboot, 0700, default /run/mesocri)

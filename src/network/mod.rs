@@ -1,9 +1,25 @@
 //! F3: pod networks. Pinned network namespaces, the loopback, the built-in bridge (netlink, addresses kept on disk, nftables) and
 //! CNI plugins as the CNI specification says.
+//!
+//! [`build`] is the entry. `switch` chooses a network for each new pod and remembers on disk ([`record`]) which one it was, so
+//! that a pod is detached by the network that attached it, whatever the configuration says by then.
+
+pub mod bridge;
+pub mod netlink;
+pub mod netns;
+pub mod record;
+pub mod rtnl;
+pub mod subnet;
+mod switch;
+#[cfg(test)]
+mod testbed;
+
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use crate::disk::Layout;
 use crate::model::error::Result;
 use crate::model::stats::InterfaceStats;
 use crate::model::{PodId, PodSpec};
@@ -65,4 +81,43 @@ pub trait Network: Send + Sync {
     /// # Errors
     /// What could not be freed.
     async fn recover(&self, known: &[PodId]) -> Result<()>;
+}
+
+/// Which network new pods get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// The built-in bridge.
+    #[default]
+    Auto,
+    /// The built-in bridge.
+    Bridge,
+    /// A loopback and nothing else.
+    None,
+}
+
+/// Table `[network]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Which network new pods get.
+    pub network: Choice,
+    /// The built-in bridge.
+    pub bridge: bridge::Config,
+}
+
+/// Opens the networks and reads what they kept on disk. Touches no kernel state.
+///
+/// # Errors
+/// `InvalidArgument` on a bad configuration, I/O errors on the records.
+pub async fn build(config: Config, layout: Layout) -> Result<Arc<dyn Network>> {
+    Ok(Arc::new(switch::Switch::open(config, layout).await?))
+}
+
+/// Removes what the built-in bridge leaves on the host when idle (`mesocri network prune`). Not while the daemon runs.
+///
+/// # Errors
+/// `FailedPrecondition` when pods are attached.
+pub async fn prune(config: Config, layout: Layout) -> Result<()> {
+    switch::Switch::open(config, layout).await?.teardown().await
 }

@@ -1,0 +1,239 @@
+//! The built-in network: a bridge on the host, one interface pair per pod, addresses from a subnet, masquerading and ports on the
+//! host by nftables. No process is started for any of it.
+//!
+//! One thread does a whole attach: it opens a netlink socket on the host, leaves for the new namespace, opens a second socket
+//! there, and so reaches both sides. Kernel state is made only after the pod's record is on disk.
+//!
+//! The bridge and the nftables table stay when the last pod goes, unless `cleanup_when_idle`; `mesocri network prune` removes
+//! them. IP forwarding is switched on and not off again: others on the host may rely on it by then.
+
+mod ipam;
+mod link;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use self::ipam::Leases;
+use super::record::{Lease, Record, Records};
+use super::rtnl::{Batch, Rtnl};
+use super::subnet::Subnet;
+use super::{Attachment, netns};
+use crate::disk::Layout;
+use crate::disk::record::{self as file, Durability};
+use crate::model::error::{Act, Error, Kind, Result};
+use crate::model::{PodId, PodSpec};
+
+/// Name in [`Attachment::network`].
+pub const NAME: &str = "mesocri";
+
+/// The built-in bridge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Name of the bridge, at most 15 bytes.
+    pub bridge: String,
+    /// Where addresses come from: one subnet, or one of each family. The first address of each is the gateway. The range that
+    /// the kubelet gives (UpdateRuntimeConfig) goes before these.
+    pub subnets: Vec<Subnet>,
+    /// Bytes of the largest packet; 0 leaves the kernel's default.
+    pub mtu: u32,
+    /// Pods reach the outside world by the host's address.
+    pub ip_masq: bool,
+    /// A pod may reach itself by way of the bridge (by its service's or host port's address).
+    pub hairpin: bool,
+    /// Removes bridge and nftables table when the last pod goes. Costs the next pod their making.
+    pub cleanup_when_idle: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let subnet = "10.88.0.0/16".parse::<Subnet>();
+        Self { bridge: "mesocri0".into(), subnets: subnet.into_iter().collect(), mtu: 0, ip_masq: true, hairpin: true, cleanup_when_idle: false }
+    }
+}
+
+/// The built-in bridge network.
+#[derive(Clone)]
+pub struct Bridge(Arc<Inner>);
+
+struct Inner {
+    config: Config,
+    layout: Layout,
+    records: Records,
+    leases: Mutex<Leases>,
+    /// Index of the bridge once it is made. Held while it is made or removed.
+    link: Mutex<Option<u32>>,
+}
+
+impl Bridge {
+    /// Opens the network: checks the configuration and reads the leases. Touches no kernel state.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on a bad configuration, I/O errors.
+    pub fn open(config: Config, layout: Layout, records: Records, all: &[(PodId, Record)]) -> Result<Self> {
+        if config.bridge.is_empty() || config.bridge.len() > 15 || config.bridge.contains(['/', ' ']) {
+            return Err(Error::invalid(format!("network.bridge.bridge: {:?} is no name of a link", config.bridge)));
+        }
+        let subnets = match file::read::<Vec<Subnet>>(&layout.pod_cidr()) {
+            Ok(given) => given,
+            Err(e) if matches!(e.kind, Kind::NotFound | Kind::DataLoss) => config.subnets.clone(),
+            Err(e) => return Err(e),
+        };
+        check_subnets(&subnets)?;
+        let mut leases = Leases::new(&subnets);
+        for (pod, record) in all {
+            if let Record::Bridge(lease) = record {
+                leases.restore(pod, &lease.addresses);
+            }
+        }
+        Ok(Self(Arc::new(Inner { config, layout, records, leases: Mutex::new(leases), link: Mutex::new(None) })))
+    }
+
+    /// Attaches a pod, see [`super::Network::attach`].
+    ///
+    /// # Errors
+    /// What failed; everything is undone then.
+    pub async fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment> {
+        let (inner, pod, spec) = (self.0.clone(), pod.clone(), spec.clone());
+        netns::on_thread(move || inner.attach(&pod, &spec)).await
+    }
+
+    /// Detaches a pod, see [`super::Network::detach`].
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub async fn detach(&self, pod: &PodId) -> Result<()> {
+        let (inner, pod) = (self.0.clone(), pod.clone());
+        crate::stdx::blocking::run("detach pod from bridge", move || inner.detach(&mut Rtnl::open()?, &pod)).await
+    }
+
+    /// Leases come from `subnets` from now on, also after a restart. Pods that run keep their addresses, and the bridge
+    /// keeps the gateway they use.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there are two of one family.
+    pub async fn set_subnets(&self, subnets: Vec<Subnet>) -> Result<()> {
+        check_subnets(&subnets)?;
+        let inner = self.0.clone();
+        crate::stdx::blocking::run("set pod subnets", move || {
+            let mut link = lock(&inner.link);
+            if lock(&inner.leases).subnets() == subnets {
+                return Ok(());
+            }
+            file::write(&inner.layout.pod_cidr(), &subnets, Durability::Synced)?;
+            lock(&inner.leases).set_subnets(&subnets);
+            // The next attach gives the bridge its new address.
+            *link = None;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes bridge and table, if no pod is attached.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when pods are attached.
+    pub async fn teardown(&self) -> Result<()> {
+        let inner = self.0.clone();
+        crate::stdx::blocking::run("remove bridge", move || {
+            if inner.remove_if_idle(&mut Rtnl::open()?)? {
+                return Ok(());
+            }
+            let pods: Vec<String> = lock(&inner.leases).pods().map(|p| p.short().to_owned()).collect();
+            Err(Error::precondition(format!("remove bridge {}: pods are attached: {}", inner.config.bridge, pods.join(", "))))
+        })
+        .await
+    }
+}
+
+impl Inner {
+    fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment> {
+        // Opened before this thread leaves for the new namespace: whatever comes, this socket speaks to the host.
+        let mut host = Rtnl::open()?;
+        let addresses = lock(&self.leases).lease(pod)?;
+        let lease = Lease { addresses: addresses.iter().map(|(a, _)| *a).collect(), ports: Vec::new() };
+        let made = self.records.put(pod, &Record::Bridge(lease)).and_then(|()| self.make(&mut host, pod, spec, &addresses));
+        let Err(e) = made else {
+            return Ok(Attachment { ips: addresses.iter().map(|(a, _)| a.to_string()).collect(), network: NAME.into(), result: None });
+        };
+        // A pin that was there before us is not ours to remove.
+        let undone = if e.kind == Kind::AlreadyExists { self.forget(&mut host, pod) } else { self.detach(&mut host, pod) };
+        match undone {
+            Ok(()) => Err(e),
+            // The record is still there: detach or recovery goes on from it.
+            Err(undo) => Err(e.within(format!("attach pod {pod} (undoing it failed as well: {undo})"))),
+        }
+    }
+
+    /// The kernel's part: namespace, interfaces, addresses.
+    fn make(&self, host: &mut Rtnl, pod: &PodId, _spec: &PodSpec, addresses: &[(IpAddr, Subnet)]) -> Result<()> {
+        let bridge = self.ensure_bridge(host)?;
+        let pin = self.layout.netns(pod);
+        netns::unshare_and_pin(&pin)?;
+        let mut inside = Rtnl::open()?;
+        let namespace = std::fs::File::open(&pin).act("open", pin.display())?;
+        let first = addresses.first().map(|(a, _)| *a).ok_or_else(|| Error::internal("bridge has no subnet"))?;
+        link::create_pair(host, &self.config, bridge, namespace.as_fd(), first)?;
+        link::configure_inside(&mut inside, addresses)
+    }
+
+    fn ensure_bridge(&self, host: &mut Rtnl) -> Result<u32> {
+        let mut link = lock(&self.link);
+        // Asked each time (20 µs), because someone may have removed it behind our back.
+        if let Some(index) = *link
+            && host.link(&self.config.bridge)?.is_some_and(|l| l.header.index == index)
+        {
+            return Ok(index);
+        }
+        let subnets = lock(&self.leases).subnets();
+        let index = link::ensure_bridge(host, &self.config, &subnets)?;
+        *link = Some(index);
+        Ok(index)
+    }
+
+    /// Unpins the namespace; its end of the interface pair goes with it and takes the host's along. Asking for that explicitly
+    /// would wait 30 ms for the kernel's grace periods, which it otherwise spends once for many namespaces and behind our back.
+    fn detach(&self, host: &mut Rtnl, pod: &PodId) -> Result<()> {
+        netns::remove(&self.layout.netns(pod))?;
+        self.forget(host, pod)
+    }
+
+    fn forget(&self, host: &mut Rtnl, pod: &PodId) -> Result<()> {
+        self.records.remove(pod)?;
+        lock(&self.leases).release(pod);
+        if self.config.cleanup_when_idle {
+            self.remove_if_idle(host)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the bridge if no pod holds a lease; says whether it did.
+    fn remove_if_idle(&self, host: &mut Rtnl) -> Result<bool> {
+        // An attach leases first and then takes this lock, so a bridge is never removed under it.
+        let mut link = lock(&self.link);
+        if !lock(&self.leases).is_empty() {
+            return Ok(false);
+        }
+        *link = None;
+        host.run(Batch::default().delete_link(&self.config.bridge))?;
+        Ok(true)
+    }
+}
+
+fn check_subnets(subnets: &[Subnet]) -> Result<()> {
+    let v6 = subnets.iter().filter(|s| s.is_ipv6()).count();
+    if subnets.is_empty() || v6 > 1 || subnets.len() - v6 > 1 {
+        return Err(Error::invalid(format!("pod subnets: one, or one of each family, not {}", subnets.len())));
+    }
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing in these sections can leave half a value behind.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
