@@ -5,6 +5,21 @@
 
 pub mod set;
 
+mod parts;
+
+mod docker_runtime;
+mod filesystem_linux;
+mod linux_capabilities;
+mod linux_nnp;
+mod namespaces_ipc;
+mod namespaces_pid;
+mod namespaces_uts;
+mod network_cni;
+mod pod_files;
+
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -19,6 +34,36 @@ use crate::model::stats::CgroupStats;
 use crate::model::{ContainerId, ContainerSpec, PodId, PodSpec};
 
 pub use set::Isolators;
+
+/// A row of the registry.
+pub struct Entry {
+    /// Name, as in the configuration's `isolation` list and as its configuration table.
+    pub name: &'static str,
+    /// Names without which it makes no sense.
+    pub requires: &'static [&'static str],
+    /// Makes it from its configuration table, empty when there is none. Unknown keys are errors.
+    pub create: fn(&Deps, toml::Table) -> Result<Box<dyn Isolator>>,
+}
+
+/// All isolators. Order is prepare order, cleanup runs in reverse: first what the others mount into, then the process, its
+/// limits and filters, then volumes (a volume replaces a default mount, so it comes after all that make some). The network
+/// comes last: it costs the most, and nothing that fails before it has to be detached.
+pub const ENTRIES: &[Entry] = &[
+    filesystem_linux::ENTRY,
+    namespaces_pid::ENTRY,
+    namespaces_ipc::ENTRY,
+    namespaces_uts::ENTRY,
+    pod_files::ENTRY,
+    docker_runtime::ENTRY,
+    linux_capabilities::ENTRY,
+    linux_nnp::ENTRY,
+    network_cni::ENTRY,
+];
+
+/// Names for the configuration's `isolation` when it says nothing: everything there is.
+pub fn default_isolation() -> Vec<String> {
+    ENTRIES.iter().map(|entry| entry.name.to_owned()).collect()
+}
 
 /// What a container's preparation may look at beyond the pod.
 #[derive(Clone, Copy)]

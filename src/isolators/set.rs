@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Cx, Isolator};
-use crate::model::error::Result;
+use super::{Cx, Deps, ENTRIES, Isolator};
+use crate::model::error::{Error, Result};
 use crate::model::plan::LaunchPlan;
 use crate::model::resources::Resources;
 use crate::model::stats::CgroupStats;
@@ -14,6 +14,37 @@ use crate::model::{ContainerId, PodId, PodSpec};
 pub struct Isolators(Vec<Arc<dyn Isolator>>);
 
 impl Isolators {
+    /// Makes the isolators named in `isolation`, in row order. `config` holds one table per isolator name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name that is not in the registry (names match as a whole), one that is listed twice, a missing
+    /// requirement and unknown keys; and what the isolator itself refuses.
+    pub fn build(isolation: &[String], config: &toml::Table, deps: &Deps) -> Result<Self> {
+        for name in isolation.iter().chain(config.keys()) {
+            if !ENTRIES.iter().any(|entry| entry.name == name) {
+                let known: Vec<_> = ENTRIES.iter().map(|entry| entry.name).collect();
+                return Err(Error::invalid(format!("unknown isolator {name:?}; there are {}", known.join(", "))));
+            }
+        }
+        let listed = |name: &str| isolation.iter().filter(|n| *n == name).count();
+        let mut built: Vec<Arc<dyn Isolator>> = Vec::with_capacity(isolation.len());
+        for entry in ENTRIES.iter().filter(|entry| listed(entry.name) > 0) {
+            if listed(entry.name) > 1 {
+                return Err(Error::invalid(format!("isolator {} is listed twice", entry.name)));
+            }
+            if let Some(missing) = entry.requires.iter().find(|name| listed(name) == 0) {
+                return Err(Error::invalid(format!("isolator {} requires {missing}, which is not listed", entry.name)));
+            }
+            let table = match config.get(entry.name) {
+                None => toml::Table::new(),
+                Some(toml::Value::Table(table)) => table.clone(),
+                Some(_) => return Err(Error::invalid(format!("configuration of isolator {} is not a table", entry.name))),
+            };
+            built.push(Arc::from((entry.create)(deps, table)?));
+        }
+        Ok(Self(built))
+    }
+
     /// Takes isolators that were built already, in prepare order.
     pub fn from_vec(isolators: Vec<Arc<dyn Isolator>>) -> Self {
         Self(isolators)

@@ -153,9 +153,9 @@ proptest! {
             let from = asked.len();
             asked.extend(from..from + size);
             let mut patch = LaunchPatch::default();
-            for n in from..from + size {
+            for (n, depth) in depths.iter().enumerate().skip(from).take(*size) {
                 patch.env.push((format!("E{n}"), n.to_string().into_bytes()));
-                patch.mounts.push(mount(&format!("{}/m{n}", "/d".repeat(depths[n] - 1)), "s"));
+                patch.mounts.push(mount(&format!("{}/m{n}", "/d".repeat(depth - 1)), "s"));
                 let mut device = oci::LinuxDevice::default();
                 device.set_minor(n as i64);
                 patch.devices.push(device);
