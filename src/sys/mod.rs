@@ -2,4 +2,7 @@
 //!
 //! Invariant: every `unsafe` block has a SAFETY line; no policy, no logging, no allocation after a fork in the child paths.
 
+pub mod bpf;
 pub mod random;
+#[cfg(test)]
+pub mod testing;

@@ -1,0 +1,440 @@
+//! One group on all hierarchies: create, apply, add, list, delete.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime::LinuxResources;
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, XattrFlags};
+use rustix::io::Errno;
+
+use super::controllers;
+use super::file::{Group, Reader};
+use super::host::{Controller, Hierarchy, Host, Version};
+use super::path::CgroupPath;
+use crate::model::error::{Act, Error, Kind, Result};
+use crate::model::resources::Resources;
+use crate::model::stats::CgroupStats;
+
+/// Marks a parent that was made on the way to a group, so that it goes when it is empty again.
+const MARK: &str = "trusted.mesocri";
+/// Sub-groups nest no deeper than this when they are removed: each level holds a descriptor.
+const MAX_DEPTH: usize = 128;
+/// How often a directory is made again when a neighbour's `delete` took its parent away in between.
+const CREATE_TRIES: usize = 8;
+
+/// A group: the same path on every hierarchy. Holds no descriptor; cheap to make.
+#[derive(Clone, Debug)]
+pub struct Manager {
+    pub(super) host: Arc<Host>,
+    pub(super) path: CgroupPath,
+}
+
+impl Manager {
+    /// Makes the group on every hierarchy, with its parents. A group that exists is taken over as it is.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a path that is not allowed, I/O errors with the directory; nothing is left behind then.
+    pub fn create(path: &str) -> Result<Self> {
+        Self::create_on(Host::get()?, path)
+    }
+
+    /// As [`Manager::create`] on a given host.
+    ///
+    /// # Errors
+    /// As [`Manager::create`].
+    pub fn create_on(host: Arc<Host>, path: &str) -> Result<Self> {
+        let manager = Self::open_on(host, path)?;
+        let mut made = Vec::new();
+        for hierarchy in manager.host.hierarchies() {
+            let result = manager.create_in(hierarchy, &mut made);
+            if let Err(e) = result {
+                for dir in made.iter().rev() {
+                    let _ = std::fs::remove_dir(dir);
+                }
+                return Err(e);
+            }
+        }
+        Ok(manager)
+    }
+
+    /// The group at `path`, whether it exists or not. Touches nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a path that is not allowed.
+    pub fn open(path: &str) -> Result<Self> {
+        Self::open_on(Host::get()?, path)
+    }
+
+    /// As [`Manager::open`] on a given host.
+    ///
+    /// # Errors
+    /// As [`Manager::open`].
+    pub fn open_on(host: Arc<Host>, path: &str) -> Result<Self> {
+        Ok(Self { host, path: CgroupPath::new(path)? })
+    }
+
+    /// Its path below the roots.
+    pub fn path(&self) -> &str {
+        self.path.as_str()
+    }
+
+    /// Whether the group exists on any hierarchy.
+    pub fn exists(&self) -> bool {
+        self.host.hierarchies().iter().any(|h| h.dir(&self.path).is_dir())
+    }
+
+    /// Applies the settings of an OCI spec, each controller in its own safe order of writes.
+    ///
+    /// # Errors
+    /// The file and value that were refused; `Unimplemented` when a limit is asked for whose controller this host lacks
+    /// (huge page limits are skipped then, as the kubelet always sends them).
+    pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
+        controllers::apply(self, resources)
+    }
+
+    /// Applies new limits to a running group. A memory limit without a swap limit takes swap along (no swap).
+    ///
+    /// # Errors
+    /// As [`Manager::apply`].
+    pub fn update(&self, resources: &Resources) -> Result<()> {
+        self.apply(&controllers::to_oci(resources))
+    }
+
+    /// Moves process `pid`, with all its threads, into the group on every hierarchy.
+    ///
+    /// On v2 a container may have made sub-groups and switched controllers on for them; then its own group takes no process
+    /// and `pid` goes into the first sub-group that has some.
+    ///
+    /// # Errors
+    /// The file that refused it.
+    pub fn add(&self, pid: u32) -> Result<()> {
+        self.add_text("cgroup.procs", &pid.to_string())
+    }
+
+    /// Moves the calling process, which must have one thread only. Several milliseconds cheaper than [`Manager::add`] on a busy
+    /// machine: for a single thread that moves itself the kernel does not stop all forks on v1.
+    ///
+    /// # Errors
+    /// As [`Manager::add`].
+    pub fn add_self(&self) -> Result<()> {
+        self.add_text("tasks", "0")
+    }
+
+    fn add_text(&self, v1_file: &str, pid: &str) -> Result<()> {
+        for hierarchy in self.host.hierarchies() {
+            let group = self.group(hierarchy);
+            match hierarchy.version {
+                Version::V1 => group.write(v1_file, pid)?,
+                Version::V2 => match group.try_write("cgroup.procs", pid) {
+                    Ok(()) => {}
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EOPNOTSUPP)) => match populated_below(&group, 0) {
+                        Some(inner) => inner.write("cgroup.procs", pid)?,
+                        None => return Err(group.refused("cgroup.procs", pid, e)),
+                    },
+                    Err(e) => return Err(group.refused("cgroup.procs", pid, e)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// All processes of the group and its sub-groups, without order. Empty when it does not exist.
+    ///
+    /// # Errors
+    /// I/O errors other than a vanishing group.
+    pub fn procs(&self) -> Result<Vec<u32>> {
+        let mut pids = Vec::new();
+        let mut reader = Reader::default();
+        if let Some(group) = self.tracking() {
+            collect(&group, &mut reader, &mut pids, 0)?;
+        }
+        Ok(pids)
+    }
+
+    /// As [`Manager::procs`], asking every hierarchy: finds a process too that left one of them.
+    ///
+    /// # Errors
+    /// As [`Manager::procs`].
+    pub fn procs_anywhere(&self) -> Result<Vec<u32>> {
+        let mut pids = Vec::new();
+        let mut reader = Reader::default();
+        for hierarchy in self.host.hierarchies() {
+            collect(&self.group(hierarchy), &mut reader, &mut pids, 0)?;
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        Ok(pids)
+    }
+
+    /// A sample of all counters this host has. `None` in a field means that it cannot say.
+    ///
+    /// # Errors
+    /// `NotFound` when the group does not exist.
+    pub fn stats(&self) -> Result<CgroupStats> {
+        controllers::stats(self)
+    }
+
+    /// Processes killed for lack of memory since the group was made; `None` when there is no memory controller or no group.
+    pub fn oom_kills(&self) -> Option<u64> {
+        let memory = self.host.locate(Controller::Memory)?;
+        controllers::memory::oom_kills(&self.group(memory), memory.version, &mut Reader::default())
+    }
+
+    /// Removes the group and its sub-groups from every hierarchy, and parents that [`Manager::create`] had to make if nothing
+    /// else is in them. The processes must be gone ([`Manager::kill`]). A group that does not exist is fine.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` naming the directory and some of the processes in it. Goes on to the other hierarchies first.
+    pub fn delete(&self) -> Result<()> {
+        let mut first = None;
+        for hierarchy in self.host.hierarchies() {
+            match self.delete_in(hierarchy) {
+                Ok(()) => remove_marked_parents(hierarchy, &hierarchy.dir(&self.path)),
+                Err(e) => first = first.or(Some(e)),
+            }
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    /// Names of the groups directly below, on any hierarchy.
+    ///
+    /// # Errors
+    /// I/O errors other than a missing group.
+    pub fn children(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for hierarchy in self.host.hierarchies() {
+            for name in sub_groups(&hierarchy.dir(&self.path))? {
+                if !names.contains(&name) {
+                    names.push(name);
+                }
+            }
+        }
+        Ok(names)
+    }
+
+    /// The directory on v2, open, for `clone3` with `CLONE_INTO_CGROUP`; `None` without v2 or group.
+    pub fn open_v2(&self) -> Option<std::os::fd::OwnedFd> {
+        let dir = self.host.v2()?.dir(&self.path);
+        rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
+    }
+
+    pub(super) fn group(&self, hierarchy: &Hierarchy) -> Group {
+        Group::new(hierarchy.dir(&self.path))
+    }
+
+    pub(super) fn tracking(&self) -> Option<Group> {
+        // A group that something else made (systemd on a hybrid host) may be missing on the hierarchy we like best.
+        let preferred = self.host.tracking().map(|h| self.group(h)).filter(|g| g.dir().is_dir());
+        preferred.or_else(|| self.host.hierarchies().iter().map(|h| self.group(h)).find(|g| g.dir().is_dir()))
+    }
+
+    fn create_in(&self, hierarchy: &Hierarchy, made: &mut Vec<PathBuf>) -> Result<()> {
+        let dir = hierarchy.dir(&self.path);
+        let mut tries = 0;
+        loop {
+            match self.make_dirs(hierarchy, made)? {
+                Made::All => break,
+                Made::ParentVanished if tries < CREATE_TRIES => tries += 1,
+                Made::ParentVanished => return Err(Errno::NOENT).act("create cgroup", dir.display()),
+            }
+        }
+        if hierarchy.version == Version::V1 && hierarchy.controllers.contains(&Controller::Cpuset) {
+            controllers::cpuset::inherit(hierarchy, &dir, &mut Reader::default())?;
+        }
+        Ok(())
+    }
+
+    /// Makes what is missing, top down. On v2 every group above must have its controllers switched on first. On v1 the group
+    /// itself is tried first: its parent is nearly always there.
+    fn make_dirs(&self, hierarchy: &Hierarchy, made: &mut Vec<PathBuf>) -> Result<Made> {
+        let dir = hierarchy.dir(&self.path);
+        let enable = hierarchy.version == Version::V2 && !hierarchy.controllers.is_empty();
+        if !enable {
+            match make_dir(&dir, made)? {
+                Made::All => return Ok(Made::All),
+                Made::ParentVanished => {}
+            }
+        }
+        let mut reader = Reader::default();
+        let mut at = hierarchy.root.clone();
+        for part in self.path.relative().split('/') {
+            if enable {
+                enable_controllers(&Group::new(at.clone()), &mut reader)?;
+            }
+            at.push(part);
+            let before = made.len();
+            if let Made::ParentVanished = make_dir(&at, made)? {
+                return Ok(Made::ParentVanished);
+            }
+            if made.len() > before && at != dir {
+                // Without extended attributes (a mount that lacks them) the parent just stays.
+                let _ = rustix::fs::setxattr(&at, MARK, b"1", XattrFlags::empty());
+            }
+        }
+        Ok(Made::All)
+    }
+
+    fn delete_in(&self, hierarchy: &Hierarchy) -> Result<()> {
+        let dir = hierarchy.dir(&self.path);
+        // Nearly always a leaf without processes: one system call.
+        match rustix::fs::rmdir(&dir) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(_) => {}
+        }
+        let group = self.group(hierarchy);
+        super::kill::until_removed(&group, hierarchy.version, || remove_tree(&dir))
+    }
+}
+
+/// What came of making directories.
+enum Made {
+    /// They are there.
+    All,
+    /// The directory above is missing (not made yet, or a neighbour's `delete` took it).
+    ParentVanished,
+}
+
+/// Makes one directory, remembers it when it is new.
+fn make_dir(dir: &Path, made: &mut Vec<PathBuf>) -> Result<Made> {
+    match rustix::fs::mkdir(dir, Mode::from_raw_mode(0o755)) {
+        Ok(()) => made.push(dir.to_owned()),
+        Err(Errno::EXIST) => {}
+        Err(Errno::NOENT) => return Ok(Made::ParentVanished),
+        Err(e) => return Err(e).act("create cgroup", dir.display()),
+    }
+    Ok(Made::All)
+}
+
+/// Removes the groups above `dir` that we made on the way and that are empty now. A failure means: still used.
+fn remove_marked_parents(hierarchy: &Hierarchy, dir: &Path) {
+    let mut at = dir;
+    while let Some(parent) = at.parent().filter(|p| hierarchy.holds(p)) {
+        let mut value = [0u8; 4];
+        if rustix::fs::getxattr(parent, MARK, &mut value).is_err() || rustix::fs::rmdir(parent).is_err() {
+            return;
+        }
+        at = parent;
+    }
+}
+
+/// Switches on, for the groups below `group`, every controller we know and that it has. One that cannot be switched on is left:
+/// if a limit needs it, the write of the limit fails and names the file.
+fn enable_controllers(group: &Group, reader: &mut Reader) -> Result<()> {
+    let mut listed =
+        |file| Ok::<_, Error>(super::host::parse_v2_controllers(reader.read(group, file).act("read", group.dir().join(file).display())?.unwrap_or("")));
+    let available = listed("cgroup.controllers")?;
+    if available.is_empty() {
+        return Ok(());
+    }
+    let enabled = listed("cgroup.subtree_control")?;
+    let name = |c: Controller| if c == Controller::Blkio { "io" } else { c.name() };
+    let missing: Vec<String> = available.into_iter().filter(|c| !enabled.contains(c)).map(|c| format!("+{}", name(c))).collect();
+    if missing.is_empty() || group.try_write("cgroup.subtree_control", &missing.join(" ")).is_ok() {
+        return Ok(());
+    }
+    for one in &missing {
+        let _ = group.try_write("cgroup.subtree_control", one);
+    }
+    Ok(())
+}
+
+/// Names of the directories in `dir`; none when it is gone.
+fn sub_groups(dir: &Path) -> Result<Vec<String>> {
+    let fd = match rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT) => return Ok(Vec::new()),
+        Err(e) => return Err(e).act("open cgroup", dir.display()),
+    };
+    names_in(&fd).act("list cgroup", dir.display()).map(|names| names.iter().map(|n| n.to_string_lossy().into_owned()).collect())
+}
+
+fn names_in(fd: &impl std::os::fd::AsFd) -> rustix::io::Result<Vec<std::ffi::CString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(fd)? {
+        let entry = entry?;
+        if entry.file_type() == FileType::Directory && !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push(entry.file_name().to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// Pids of `group` and of the groups below, appended.
+pub(super) fn collect(group: &Group, reader: &mut Reader, pids: &mut Vec<u32>, depth: usize) -> Result<()> {
+    match reader.read(group, "cgroup.procs") {
+        // 0 stands for a process outside of our process namespace.
+        Ok(Some(text)) => pids.extend(text.lines().filter_map(|l| l.parse::<u32>().ok()).filter(|p| *p != 0)),
+        Ok(None) => return Ok(()),
+        // A threaded v2 group has no list of processes; they stand in the group above.
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+        Err(e) => return Err(Error::io(format!("read {}", group.dir().join("cgroup.procs").display()), e)),
+    }
+    if depth >= MAX_DEPTH {
+        return Ok(());
+    }
+    for name in sub_groups(group.dir())? {
+        collect(&group.child(&name), reader, pids, depth + 1)?;
+    }
+    Ok(())
+}
+
+/// The first group below that has processes.
+fn populated_below(group: &Group, depth: usize) -> Option<Group> {
+    if depth >= MAX_DEPTH {
+        return None;
+    }
+    let mut reader = Reader::default();
+    sub_groups(group.dir()).ok()?.iter().map(|name| group.child(name)).find_map(|child| {
+        let has_some = reader.read(&child, "cgroup.procs").ok().flatten().is_some_and(|t| !t.is_empty());
+        if has_some { Some(child) } else { populated_below(&child, depth + 1) }
+    })
+}
+
+/// Removes a group and everything below, deepest first. Descriptors, not paths, so that a container cannot make it too long.
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    let name = dir.file_name().unwrap_or_default();
+    let parent = match rustix::fs::open(parent, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(e) => return Err(e.into()),
+    };
+    let name = std::ffi::CString::new(name.as_encoded_bytes())?;
+    Ok(remove_at(&parent, &name, 0)?)
+}
+
+fn remove_at(parent: &impl std::os::fd::AsFd, name: &std::ffi::CStr, depth: usize) -> rustix::io::Result<()> {
+    match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::BUSY | Errno::NOTEMPTY) if depth < MAX_DEPTH => {}
+        Err(e) => return Err(e),
+    }
+    let fd = match rustix::fs::openat(parent, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for child in names_in(&fd)? {
+        remove_at(&fd, &child, depth + 1)?;
+    }
+    match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// The error for a group that still has processes.
+pub(super) fn still_used(group: &Group, act: &str, e: io::Error) -> Error {
+    let pids =
+        Reader::default().read(group, "cgroup.procs").ok().flatten().map(|t| t.split_whitespace().take(5).collect::<Vec<_>>().join(" ")).unwrap_or_default();
+    let what = format!("{act} {}", group.dir().display());
+    if pids.is_empty() {
+        Error::with(Kind::FailedPrecondition, what, e)
+    } else {
+        Error::with(Kind::FailedPrecondition, format!("{what} with processes {pids}"), e)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,380 @@
+//! Against this machine's real hierarchies (root), and v2 against plain files in a scratch directory.
+
+use std::collections::HashMap;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
+
+use super::*;
+use crate::cgroups::to_oci;
+
+/// A group on the real hierarchies with a name of its own, killed and removed at the end whatever happens.
+struct Scratch(Manager);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        Self(Manager::create(&format!("/mesocri-test-{}-{name}/leaf", std::process::id())).unwrap())
+    }
+
+    fn dirs(&self) -> Vec<PathBuf> {
+        self.0.host.hierarchies().iter().map(|h| h.dir(&self.0.path)).collect()
+    }
+
+    fn file(&self, controller: Controller, file: &str) -> String {
+        let h = self.0.host.locate(controller).unwrap();
+        std::fs::read_to_string(h.dir(&self.0.path).join(file)).unwrap().trim().to_owned()
+    }
+
+    /// Runs a shell that joins the group before it runs `script`.
+    fn run(&self, script: &str) -> Child {
+        let join: String = self.dirs().iter().map(|d| format!("echo $$ > {}/cgroup.procs && ", d.display())).collect();
+        Command::new("sh").arg("-c").arg(format!("{join} {script}")).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+
+    /// A process that sleeps in the group, added by us.
+    fn sleeper(&self) -> Child {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        self.0.add(child.id()).unwrap();
+        child
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.delete();
+    }
+}
+
+fn resources() -> Resources {
+    Resources {
+        cpu_period: Some(50_000),
+        cpu_quota: Some(25_000),
+        cpu_shares: Some(512),
+        memory_limit: Some(64 << 20),
+        pids_limit: Some(17),
+        cpuset_cpus: Some("0".to_owned()),
+        ..Resources::default()
+    }
+}
+
+#[test]
+fn create_on_every_hierarchy_and_delete_leaves_nothing() {
+    let scratch = Scratch::new("create");
+    assert!(scratch.0.host.hierarchies().len() > 1 || scratch.0.host.is_pure_v2());
+    for dir in scratch.dirs() {
+        assert!(dir.is_dir(), "{}", dir.display());
+    }
+    // Again is no error, and neither is deleting twice.
+    Manager::create(scratch.0.path()).unwrap();
+    scratch.0.delete().unwrap();
+    scratch.0.delete().unwrap();
+    for dir in scratch.dirs() {
+        assert!(!dir.exists(), "{}", dir.display());
+        assert!(!dir.parent().unwrap().exists(), "the parent we had to make stays: {}", dir.display());
+    }
+}
+
+#[test]
+fn a_parent_of_someone_else_stays() {
+    let scratch = Scratch::new("parent");
+    let parent = Manager::open(scratch.0.path.parent().unwrap().as_str()).unwrap();
+    // Take our mark away: now it is as if the kubelet had made it.
+    for h in scratch.0.host.hierarchies() {
+        rustix::fs::removexattr(h.dir(&parent.path), MARK).unwrap();
+    }
+    scratch.0.delete().unwrap();
+    assert!(parent.exists());
+    parent.delete().unwrap();
+    assert!(!parent.exists());
+}
+
+#[test]
+fn v1_limits_are_readable() {
+    let scratch = Scratch::new("limits");
+    if scratch.0.host.is_pure_v2() {
+        return;
+    }
+    scratch.0.apply(&to_oci(&resources())).unwrap();
+    assert_eq!(scratch.file(Controller::Cpu, "cpu.shares"), "512");
+    assert_eq!(scratch.file(Controller::Cpu, "cpu.cfs_period_us"), "50000");
+    assert_eq!(scratch.file(Controller::Cpu, "cpu.cfs_quota_us"), "25000");
+    assert_eq!(scratch.file(Controller::Memory, "memory.limit_in_bytes"), (64 << 20).to_string());
+    assert_eq!(scratch.file(Controller::Memory, "memory.memsw.limit_in_bytes"), (64 << 20).to_string());
+    assert_eq!(scratch.file(Controller::Pids, "pids.max"), "17");
+    assert_eq!(scratch.file(Controller::Cpuset, "cpuset.cpus"), "0");
+    // Up past the present memsw, and down again: both need the right order.
+    for mib in [128i64, 32] {
+        scratch.0.update(&Resources { memory_limit: Some(mib << 20), ..Resources::default() }).unwrap();
+        assert_eq!(scratch.file(Controller::Memory, "memory.memsw.limit_in_bytes"), (mib << 20).to_string());
+    }
+    assert_eq!(scratch.file(Controller::Cpu, "cpu.shares"), "512", "what an update does not say stays");
+    scratch.0.update(&Resources { memory_limit: Some(-1), memory_swap: Some(-1), cpu_quota: Some(-1), pids_limit: Some(-1), ..Resources::default() }).unwrap();
+    assert_eq!(scratch.file(Controller::Pids, "pids.max"), "max");
+    assert_eq!(scratch.file(Controller::Cpu, "cpu.cfs_quota_us"), "-1");
+    let stats = scratch.0.stats().unwrap();
+    assert_eq!((stats.memory_limit, stats.pids_limit), (None, None));
+}
+
+#[test]
+fn errors_name_file_and_value() {
+    let scratch = Scratch::new("errors");
+    if scratch.0.host.is_pure_v2() {
+        return;
+    }
+    let e = scratch.0.update(&Resources { cpuset_cpus: Some("4095".to_owned()), ..Resources::default() }).unwrap_err().to_string();
+    assert!(e.starts_with("write 4095 to ") && e.contains("leaf/cpuset.cpus: "), "{e}");
+}
+
+#[test]
+fn add_kill_delete() {
+    let scratch = Scratch::new("kill");
+    let mut one = scratch.sleeper();
+    let mut many = scratch.run("for i in 1 2 3; do sleep 1000 & done; wait");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while scratch.0.procs().unwrap().len() < 5 {
+        assert!(Instant::now() < deadline, "{:?}", scratch.0.procs());
+        std::thread::yield_now();
+    }
+    assert!(scratch.0.procs().unwrap().contains(&one.id()));
+    assert!(scratch.0.stats().unwrap().pids.unwrap() >= 5);
+    let e = scratch.0.delete().unwrap_err();
+    assert_eq!(e.kind, Kind::FailedPrecondition, "{e}");
+    scratch.0.kill().unwrap();
+    assert_eq!(scratch.0.procs_anywhere().unwrap(), Vec::<u32>::new());
+    // Zombies, not yet reaped by us, do not keep the group.
+    scratch.0.delete().unwrap();
+    assert!(!scratch.0.exists());
+    one.wait().unwrap();
+    many.wait().unwrap();
+    scratch.0.kill().unwrap();
+}
+
+#[test]
+fn kill_without_v2_reaches_sub_groups_and_outruns_a_fork_loop() {
+    let scratch = Scratch::new("bomb");
+    let v1: Vec<_> = scratch.0.host.hierarchies().iter().filter(|h| h.version == Version::V1).cloned().collect();
+    if v1.is_empty() {
+        return;
+    }
+    let host = Arc::new(Host::from_hierarchies(v1));
+    let manager = Manager::open_on(host.clone(), scratch.0.path()).unwrap();
+    let inner = Manager::create_on(host, &format!("{}/inner", scratch.0.path())).unwrap();
+    manager.update(&Resources { pids_limit: Some(200), ..Resources::default() }).unwrap();
+    let mut child = scratch.run("while :; do (sleep 0.01; sleep 0.01) & done");
+    let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
+    inner.add(sleeper.id()).unwrap();
+    assert!(manager.procs().unwrap().contains(&sleeper.id()));
+    manager.kill().unwrap();
+    child.wait().unwrap();
+    sleeper.wait().unwrap();
+    assert!(manager.procs_anywhere().unwrap().is_empty());
+    manager.delete().unwrap();
+    assert!(!inner.exists());
+}
+
+#[test]
+fn frozen_processes_stand_still_and_can_be_killed() {
+    let scratch = Scratch::new("freeze");
+    let mut child = scratch.sleeper();
+    scratch.0.freeze().unwrap();
+    assert!(scratch.0.is_frozen());
+    scratch.0.thaw().unwrap();
+    assert!(!scratch.0.is_frozen());
+    scratch.0.freeze().unwrap();
+    scratch.0.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn out_of_memory_is_counted_and_announced() {
+    let scratch = Scratch::new("oom");
+    scratch.0.update(&Resources { memory_limit: Some(8 << 20), ..Resources::default() }).unwrap();
+    let watch = scratch.0.watch_oom().unwrap();
+    assert_eq!(scratch.0.oom_kills(), Some(0));
+    // tail keeps what it reads: it would need 64 MiB.
+    let mut child = scratch.run("exec tail -c 64M /dev/zero");
+    let mut fds = [rustix::event::PollFd::new(&watch, rustix::event::PollFlags::IN)];
+    let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut fds, Some(&limit)).unwrap(), 1, "no notice");
+    let status = child.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    assert_eq!(scratch.0.oom_kills(), Some(1));
+    assert_eq!(scratch.0.stats().unwrap().oom_kills, Some(1));
+    watch.clear();
+}
+
+#[test]
+fn add_self_moves_a_forked_child() {
+    let scratch = Scratch::new("self");
+    let manager = scratch.0.clone();
+    let mut command = Command::new("sleep");
+    command.arg("1000");
+    crate::sys::testing::before_exec(&mut command, move || manager.add_self().map_err(std::io::Error::other));
+    let mut child = command.spawn().unwrap();
+    assert_eq!(scratch.0.procs_anywhere().unwrap(), [child.id()]);
+    for h in scratch.0.host.hierarchies() {
+        let group = scratch.0.group(h);
+        assert_eq!(Reader::default().must(&group, "cgroup.procs").unwrap().trim(), child.id().to_string());
+    }
+    scratch.0.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn stats_have_numbers() {
+    let scratch = Scratch::new("stats");
+    let mut child = scratch.run("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec sleep 1000");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while scratch.0.stats().unwrap().cpu_usage.unwrap() < 5_000_000 {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    let s = scratch.0.stats().unwrap();
+    assert!(s.at > 0 && s.memory_usage.unwrap() > 0 && s.memory_working_set.unwrap() <= s.memory_usage.unwrap());
+    assert!(s.page_faults.is_some() && s.memory_rss.is_some() && s.pids == Some(1) && s.cpu_user.is_some());
+    scratch.0.kill().unwrap();
+    child.wait().unwrap();
+    let unknown = Manager::open("/mesocri-test-nothing/here").unwrap();
+    assert_eq!(unknown.stats().unwrap_err().kind, Kind::NotFound);
+    assert_eq!(unknown.oom_kills(), None);
+}
+
+fn device(allow: bool, number: Option<(i64, i64)>) -> LinuxDeviceCgroup {
+    let mut rule = LinuxDeviceCgroup::default();
+    rule.set_allow(allow).set_access(Some("rwm".to_owned()));
+    if let Some((major, minor)) = number {
+        rule.set_typ(Some(LinuxDeviceType::C)).set_major(Some(major)).set_minor(Some(minor));
+    }
+    rule
+}
+
+/// Opens /dev/null and /dev/zero inside the group: exit codes 0 and 0, or which one failed.
+fn try_devices(scratch: &Scratch) -> i32 {
+    // The shell's own redirections happen after it joined.
+    scratch.run("(: < /dev/null) 2>&- || exit 10; (: < /dev/zero) 2>&- || exit 20; exit 0").wait().unwrap().code().unwrap()
+}
+
+fn check_devices(scratch: &Scratch, manager: &Manager) {
+    let apply = |rules: Vec<LinuxDeviceCgroup>| {
+        let mut r = LinuxResources::default();
+        r.set_devices(Some(rules));
+        manager.apply(&r).unwrap();
+    };
+    assert_eq!(try_devices(scratch), 0, "control: all is open before");
+    apply(vec![device(false, None), device(true, Some((1, 3)))]);
+    assert_eq!(try_devices(scratch), 20, "null is allowed, zero is not");
+    apply(vec![device(false, None), device(true, Some((1, 5)))]);
+    assert_eq!(try_devices(scratch), 10, "new rules replace the old ones");
+    apply(vec![device(false, None), device(true, Some((1, 5))), device(true, Some((1, 3)))]);
+    assert_eq!(try_devices(scratch), 0);
+}
+
+#[test]
+fn device_rules_hold() {
+    let scratch = Scratch::new("devices");
+    check_devices(&scratch, &scratch.0.clone());
+}
+
+#[test]
+fn device_rules_hold_as_a_bpf_program_on_v2() {
+    let scratch = Scratch::new("bpf");
+    let Some(v2) = scratch.0.host.v2().cloned() else { return };
+    let manager = Manager::open_on(Arc::new(Host::from_hierarchies(vec![v2])), scratch.0.path()).unwrap();
+    check_devices(&scratch, &manager);
+}
+
+/// A pure v2 host on plain files: what is written can be read back, the kernel's reactions are missing.
+struct Fake {
+    _dir: tempfile::TempDir,
+    manager: Manager,
+}
+
+impl Fake {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let controllers = "cpuset cpu io memory hugetlb pids\n";
+        for level in ["", "a", "a/b"] {
+            let at = dir.path().join(level);
+            std::fs::create_dir_all(&at).unwrap();
+            std::fs::write(at.join("cgroup.controllers"), controllers).unwrap();
+            std::fs::write(at.join("cgroup.subtree_control"), "").unwrap();
+        }
+        let root = Hierarchy { root: dir.path().to_owned(), version: Version::V2, controllers: super::super::host::parse_v2_controllers(controllers) };
+        let manager = Manager::create_on(Arc::new(Host::from_hierarchies(vec![root])), "/a/b/c").unwrap();
+        for (file, text) in files {
+            std::fs::write(dir.path().join("a/b/c").join(file), text).unwrap();
+        }
+        Self { _dir: dir, manager }
+    }
+
+    fn text(&self, file: &str) -> String {
+        std::fs::read_to_string(self.manager.host.hierarchies()[0].dir(&self.manager.path).join(file)).unwrap()
+    }
+}
+
+#[test]
+fn v2_enables_controllers_top_down() {
+    let fake = Fake::new(&[]);
+    let root = &fake.manager.host.hierarchies()[0].root;
+    for level in ["", "a", "a/b"] {
+        let text = std::fs::read_to_string(root.join(level).join("cgroup.subtree_control")).unwrap();
+        assert_eq!(text, "+cpuset +cpu +io +memory +hugetlb +pids", "{level:?}");
+    }
+}
+
+#[test]
+fn v2_limits() {
+    let files =
+        ["cpu.weight", "memory.max", "memory.swap.max", "pids.max", "cpuset.cpus", "hugetlb.2MB.max", "memory.oom.group", "memory.high"].map(|f| (f, ""));
+    let fake = Fake::new(&files);
+    std::fs::write(fake.manager.host.hierarchies()[0].dir(&fake.manager.path).join("cpu.max"), "max 100000\n").unwrap();
+    let mut r = resources();
+    r.memory_swap = Some(80 << 20);
+    r.hugepage_limits.insert("2MB".to_owned(), 0);
+    r.hugepage_limits.insert("1GB".to_owned(), 0);
+    r.unified.insert("memory.oom.group".to_owned(), "1".to_owned());
+    fake.manager.update(&r).unwrap();
+    let texts = ["cpu.weight", "cpu.max", "memory.max", "memory.swap.max", "pids.max", "cpuset.cpus", "hugetlb.2MB.max", "memory.oom.group"];
+    let expected = ["59", "25000 50000", "67108864", "16777216", "17", "0", "0", "1"];
+    for (file, value) in texts.iter().zip(expected) {
+        // A plain file keeps the tail of a longer old text; the kernel does not.
+        assert!(fake.text(file).starts_with(value), "{file}: {}", fake.text(file));
+    }
+    let unified = |name: &str| {
+        let mut r = LinuxResources::default();
+        r.set_devices(None).set_unified(Some(HashMap::from([(name.to_owned(), "1".to_owned())])));
+        fake.manager.apply(&r).unwrap_err().kind
+    };
+    assert_eq!(unified("../../x.y"), Kind::InvalidArgument);
+    assert_eq!(unified("cgroup.kill"), Kind::InvalidArgument);
+    assert_eq!(unified("memory.nothing"), Kind::Internal);
+}
+
+#[test]
+fn v2_statistics() {
+    let fake = Fake::new(&[
+        ("cpu.stat", "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 3\nnr_throttled 1\nthrottled_usec 9\n"),
+        ("memory.current", "1000\n"),
+        ("memory.max", "max\n"),
+        ("memory.peak", "2000\n"),
+        ("memory.swap.current", "10\n"),
+        ("memory.swap.max", "30\n"),
+        ("memory.stat", "anon 100\nfile 200\ninactive_file 300\npgfault 7\npgmajfault 1\nkernel 50\nfile_mapped 5\n"),
+        ("memory.events", "low 0\nhigh 0\nmax 4\noom 1\noom_kill 2\n"),
+        ("pids.current", "3\n"),
+        ("pids.max", "5\n"),
+        ("cpu.pressure", "some avg10=0.00 avg60=0.00 avg300=0.00 total=5\n"),
+    ]);
+    let s = fake.manager.stats().unwrap();
+    assert_eq!((s.cpu_usage, s.cpu_user, s.cpu_system), (Some(1_500_000), Some(1_000_000), Some(500_000)));
+    assert_eq!(s.cpu_throttling, Some((3, 1, 9000)));
+    assert_eq!((s.memory_usage, s.memory_limit, s.memory_peak, s.memory_working_set), (Some(1000), None, Some(2000), Some(700)));
+    assert_eq!((s.memory_rss, s.memory_cache, s.memory_kernel, s.memory_mapped_file), (Some(100), Some(200), Some(50), Some(5)));
+    assert_eq!((s.page_faults, s.major_page_faults, s.memory_failcnt, s.oom_kills), (Some(7), Some(1), Some(4), Some(2)));
+    assert_eq!((s.swap_usage, s.swap_available, s.pids, s.pids_limit), (Some(10), Some(20), Some(3), Some(5)));
+    assert_eq!(s.cpu_pressure.unwrap().some.total, 5000);
+    assert!(s.io_pressure.is_none());
+    assert_eq!(fake.manager.oom_kills(), Some(2));
+}
