@@ -19,6 +19,8 @@ use crate::model::error::{Error, Kind, Result};
 
 /// A killed process is gone within this time unless it hangs in the kernel (a dead NFS server).
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// After `cgroup.kill` the group is empty within this time; else one of the processes is elsewhere or stuck, and the loop looks.
+const EVENT_LIMIT: Duration = Duration::from_secs(2);
 /// A group is frozen within this time, for the same reason.
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 /// The longest a removed process keeps its group busy.
@@ -40,17 +42,16 @@ impl Manager {
             let group = self.group(v2);
             // Kernels before 5.14 have no cgroup.kill; the loop below does it then.
             if matches!(group.write_if_there("cgroup.kill", "1"), Ok(true)) {
-                wait_event(&group, "populated", 0, deadline);
+                self.thaw_v1();
+                wait_event(&group, "populated", 0, Instant::now() + EVENT_LIMIT);
             }
         }
-        let mut frozen = false;
         for round in 0.. {
             let pids = self.procs_anywhere()?;
             if pids.is_empty() {
                 break;
             }
             if Instant::now() >= deadline {
-                self.thaw_if(frozen);
                 let some: Vec<String> = pids.iter().take(5).map(u32::to_string).collect();
                 return Err(Error::new(
                     Kind::DeadlineExceeded,
@@ -58,12 +59,13 @@ impl Manager {
                 ));
             }
             if round == 1 {
-                frozen = self.freeze().is_ok();
+                let _ = self.freeze();
             }
             let killed = kill_all(&pids);
-            // SIGKILL ends a v1-frozen process only when it is thawed.
-            self.thaw_if(frozen);
-            frozen = false;
+            self.thaw_v1();
+            if self.host.locate(Controller::Freezer).is_some_and(|h| h.version == Version::V2) {
+                let _ = self.thaw();
+            }
             wait_gone(&killed, deadline);
         }
         Ok(())
@@ -94,9 +96,10 @@ impl Manager {
         })
     }
 
-    fn thaw_if(&self, frozen: bool) {
-        if frozen {
-            let _ = self.thaw();
+    /// SIGKILL ends a process that v1 has frozen only when it is thawed. Costs one write; a missing freezer is fine.
+    fn thaw_v1(&self) {
+        if let Some(freezer) = self.host.locate(Controller::Freezer).filter(|h| h.version == Version::V1) {
+            let _ = self.group(freezer).try_write("freezer.state", "THAWED");
         }
     }
 

@@ -193,8 +193,8 @@ fn out_of_memory_is_counted_and_announced() {
     scratch.0.update(&Resources { memory_limit: Some(8 << 20), ..Resources::default() }).unwrap();
     let watch = scratch.0.watch_oom().unwrap();
     assert_eq!(scratch.0.oom_kills(), Some(0));
-    // tail keeps what it reads: it would need 64 MiB.
-    let mut child = scratch.run("exec tail -c 64M /dev/zero");
+    // dd fills a buffer of that size.
+    let mut child = scratch.run("exec dd if=/dev/zero of=/dev/null bs=64M count=1");
     let mut fds = [rustix::event::PollFd::new(&watch, rustix::event::PollFlags::IN)];
     let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
     assert_eq!(rustix::event::poll(&mut fds, Some(&limit)).unwrap(), 1, "no notice");
