@@ -125,7 +125,7 @@ impl Host {
                 Version::V1 => MAGIC_V1,
                 Version::V2 => MAGIC_V2,
             };
-            rustix::fs::statfs(&h.root).is_ok_and(|s| i64::from(s.f_type) == magic)
+            rustix::fs::statfs(&h.root).is_ok_and(|s| s.f_type == magic)
         });
         for v2 in host.hierarchies.iter_mut().filter(|h| h.version == Version::V2) {
             let path = v2.root.join("cgroup.controllers");
