@@ -5,6 +5,7 @@
 //! that a pod is detached by the network that attached it, whatever the configuration says by then.
 
 pub mod bridge;
+pub mod cni;
 pub mod netlink;
 pub mod netns;
 pub mod record;
@@ -87,9 +88,12 @@ pub trait Network: Send + Sync {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Choice {
-    /// The built-in bridge.
+    /// CNI if there is a file in its configuration directory (even an unusable one: then no pod is attached until it is
+    /// repaired), else the built-in bridge.
     #[default]
     Auto,
+    /// CNI plugins.
+    Cni,
     /// The built-in bridge.
     Bridge,
     /// A loopback and nothing else.
@@ -102,6 +106,8 @@ pub enum Choice {
 pub struct Config {
     /// Which network new pods get.
     pub network: Choice,
+    /// CNI networks.
+    pub cni: cni::Config,
     /// The built-in bridge.
     pub bridge: bridge::Config,
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::DirBuilderExt;
 
 use serde::{Deserialize, Serialize};
 
+use super::cni::Attempt;
 use crate::disk::Layout;
 use crate::disk::record::{self, Durability};
 use crate::model::error::{Act, Error, Kind, Result};
@@ -21,6 +22,8 @@ pub enum Record {
     None,
     /// The built-in bridge.
     Bridge(Lease),
+    /// A CNI network.
+    Cni(Box<Attempt>),
 }
 
 /// What a pod holds of the built-in bridge.

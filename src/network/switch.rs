@@ -1,10 +1,13 @@
 //! Chooses the network of each new pod, and finds the one that attached an old pod.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
 use super::bridge::Bridge;
+use super::cni::Cni;
+use super::cni::conf::{Found, List};
 use super::record::{Record, Records};
 use super::rtnl::Rtnl;
 use super::subnet::Subnet;
@@ -22,6 +25,14 @@ pub struct Switch {
     layout: Layout,
     records: Records,
     bridge: Bridge,
+    cni: Cni,
+}
+
+/// The network of new pods.
+enum Chosen {
+    None,
+    Bridge,
+    Cni(Arc<List>),
 }
 
 /// Name in [`Attachment::network`] of pods with a loopback only.
@@ -37,7 +48,8 @@ impl Switch {
             let records = Records::open(layout.clone())?;
             let all = records.all()?;
             let bridge = Bridge::open(config.bridge, layout.clone(), records.clone(), &all)?;
-            Ok(Self { choice: config.network, layout, records, bridge })
+            let cni = Cni::new(&config.cni, layout.clone(), records.clone());
+            Ok(Self { choice: config.network, layout, records, bridge, cni })
         })
         .await
     }
@@ -68,6 +80,21 @@ impl Switch {
         .await
     }
 
+    /// The network of new pods, by the configuration as it is now.
+    async fn choose(&self) -> Result<Chosen> {
+        match self.choice {
+            Choice::None => return Ok(Chosen::None),
+            Choice::Bridge => return Ok(Chosen::Bridge),
+            Choice::Cni | Choice::Auto => {}
+        }
+        match self.cni.found().await? {
+            Found::Network(list) => Ok(Chosen::Cni(list)),
+            Found::Nothing if self.choice == Choice::Auto => Ok(Chosen::Bridge),
+            Found::Nothing => Err(Error::precondition("no CNI configuration found")),
+            Found::Bad(why) => Err(Error::precondition(format!("no usable CNI configuration: {why}"))),
+        }
+    }
+
     async fn record(&self, pod: &PodId) -> Result<Option<Record>> {
         let (records, pod) = (self.records.clone(), pod.clone());
         blocking::run("read network record", move || records.get(&pod)).await
@@ -81,6 +108,7 @@ impl Switch {
                 blocking::run("remove network namespace", move || netns::remove(&pin).and_then(|()| records.remove(&pod))).await
             }
             Some(Record::Bridge(_)) => self.bridge.detach(pod).await,
+            Some(Record::Cni(attempt)) => self.cni.detach(pod, &attempt).await,
         }
     }
 }
@@ -91,9 +119,10 @@ impl Network for Switch {
         if spec.namespaces.network == NamespaceMode::Node {
             return Ok(Attachment::default());
         }
-        match self.choice {
-            Choice::None => self.attach_none(pod).await,
-            Choice::Auto | Choice::Bridge => self.bridge.attach(pod, spec).await,
+        match self.choose().await? {
+            Chosen::None => self.attach_none(pod).await,
+            Chosen::Bridge => self.bridge.attach(pod, spec).await,
+            Chosen::Cni(list) => self.cni.attach(pod, spec, &list).await,
         }
     }
 
@@ -103,7 +132,11 @@ impl Network for Switch {
     }
 
     async fn readiness(&self) -> Readiness {
-        Readiness::Ready
+        match self.choose().await {
+            Ok(Chosen::Cni(list)) => self.cni.readiness(&list).await,
+            Ok(Chosen::Bridge | Chosen::None) => Readiness::Ready,
+            Err(e) => Readiness::NotReady(e.to_string()),
+        }
     }
 
     async fn stats(&self, pod: &PodId) -> Result<Vec<InterfaceStats>> {
@@ -124,20 +157,29 @@ impl Network for Switch {
         let records = self.records.clone();
         let all = blocking::run("list network records", move || records.all()).await?;
         let known: HashSet<&PodId> = known.iter().collect();
+        let (kept, lost): (Vec<_>, Vec<_>) = all.into_iter().partition(|(pod, _)| known.contains(pod));
         let mut failures = Vec::new();
-        for (pod, record) in all {
-            if !known.contains(&pod)
-                && let Err(e) = self.detach_by(&pod, Some(record)).await
-            {
+        for (pod, record) in lost {
+            if let Err(e) = self.detach_by(&pod, Some(record)).await {
                 failures.push(format!("pod {}: {e}", pod.short()));
             }
         }
+        self.collect_garbage(kept).await.unwrap_or_else(|e| failures.push(e.to_string()));
         self.remove_stray_pins(&known).await.unwrap_or_else(|e| failures.push(e.to_string()));
         if failures.is_empty() { Ok(()) } else { Err(Error::internal(format!("recover networks: {}", failures.join("; ")))) }
     }
 }
 
 impl Switch {
+    /// Tells the plugins of the present CNI network which of its pods there are.
+    async fn collect_garbage(&self, kept: Vec<(PodId, Record)>) -> Result<()> {
+        // A configuration that is missing or broken is a matter of readiness.
+        let Ok(Chosen::Cni(list)) = self.choose().await else { return Ok(()) };
+        let pods: Vec<PodId> =
+            kept.into_iter().filter(|(_, record)| matches!(record, Record::Cni(attempt) if attempt.network() == list.name)).map(|(pod, _)| pod).collect();
+        self.cni.collect_garbage(&list, &pods).await
+    }
+
     /// Removes our pins without a known pod: a record is written before the pin, so these are left from a lost tree.
     async fn remove_stray_pins(&self, known: &HashSet<&PodId>) -> Result<()> {
         let kept: HashSet<_> = known.iter().map(|pod| self.layout.netns(pod)).collect();

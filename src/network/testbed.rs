@@ -36,7 +36,8 @@ pub fn host<F: Future<Output = ()>>(test: impl FnOnce(Arc<Bed>) -> F + Send + 's
 }
 
 impl Bed {
-    pub async fn open(&self, config: Config) -> Arc<Switch> {
+    pub async fn open(&self, mut config: Config) -> Arc<Switch> {
+        config.cni.conf_dir = self.dir.join("net.d");
         Arc::new(Switch::open(config, self.layout.clone()).await.unwrap())
     }
 
