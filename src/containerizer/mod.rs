@@ -2,7 +2,34 @@
 //! are nested containers.
 //!
 //! [`Engine`] is all that a front sees. Lists and status come from memory (one writer publishes them); nothing in a front
-//! dials a shim or reads a record.
+//! dials a shim or reads a record. [`Containerizer`] is the engine itself:
+//!
+//! | file | what |
+//! |---|---|
+//! | `engine` | finds the owner of what a request names, asks it, waits |
+//! | `owner`, `slot`, `lane` | the task that owns a pod, a container in it, and its queue of work that calls isolators |
+//! | `admit` | policy: which request fits which state |
+//! | `names` | one name, one object |
+//! | `create`, `start`, `exit`, `stop`, `remove` | the moves of pods and containers, one file each |
+//! | `publish` | the visible state and its events |
+//! | `recover` | taking up again after a restart |
+
+mod admit;
+mod create;
+mod engine;
+mod exit;
+mod lane;
+mod names;
+mod owner;
+mod parts;
+mod publish;
+mod recover;
+mod remove;
+mod slot;
+mod start;
+mod stop;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,6 +47,9 @@ use crate::model::phase::{ContainerPhase, PodPhase};
 use crate::model::resources::Resources;
 use crate::model::stats::{CgroupStats, ContainerStats, InterfaceStats};
 use crate::model::{ContainerId, ContainerSpec, ImageId, PodId, PodSpec};
+
+pub use engine::Containerizer;
+pub use parts::Config;
 
 /// A pod as it is now. Published copies are immutable; a change publishes a new one. This is also what its record holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -29,6 +29,8 @@
 //! ```
 
 pub mod layout;
+pub mod pods;
 pub mod record;
+pub mod tree;
 
 pub use layout::Layout;

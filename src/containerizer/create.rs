@@ -1,0 +1,405 @@
+//! Making pods and containers: record, acquire step by step with an undo for each, record again. Only what is complete is
+//! published. When a step fails, everything before it is undone in reverse; what cannot be undone stays recorded and
+//! is shown (pod `NotReady`, container `Exited`), so that the caller's stop and remove can finish it.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime::LinuxNamespaceType;
+
+use super::lane::Job;
+use super::names::Claim;
+use super::owner::{Owner, record_container};
+use super::parts::{Parts, Reply, copy, refuse_all};
+use super::slot::{Basis, Slot};
+use super::{Container, EventKind, Pod, admit};
+use crate::disk::layout::below;
+use crate::disk::pods;
+use crate::isolators::{ContainerCx, Cx};
+use crate::launcher::{Sandbox, TaskIo, TaskLaunch};
+use crate::model::error::{Act, Error, Result};
+use crate::model::phase::{ContainerPhase, Exit, PodPhase};
+use crate::model::plan::LaunchPlan;
+use crate::model::pod::NamespaceMode;
+use crate::model::{ContainerId, ContainerSpec, PodId, PodSpec};
+use crate::stdx::undo::Undo;
+use crate::stdx::{blocking, clock, failpoint};
+
+/// Stop signal when neither container nor image name one.
+const SIGTERM: i32 = 15;
+
+/// Joined undo failures as a step's own failure.
+fn all(failures: Vec<String>) -> Result<(), String> {
+    if failures.is_empty() { Ok(()) } else { Err(failures.join("; ")) }
+}
+
+// ---- pods
+
+/// Makes a pod and then owns it. `spec.metadata` was claimed by the caller; every way out of here settles the claim.
+pub(super) async fn run_pod(parts: Arc<Parts>, spec: PodSpec) {
+    let mut claim = Claimed { parts: parts.clone(), spec: Some(spec.metadata.clone()) };
+    let pod = Pod {
+        id: PodId::random(),
+        spec,
+        phase: PodPhase::Creating,
+        created_at: parts.stamps.next(),
+        ips: Vec::new(),
+        sandbox: None,
+        netns: None,
+        network: None,
+        leftovers: Vec::new(),
+    };
+    let id = pod.id.clone();
+    match acquire_pod(&parts, pod).await {
+        Ok(pod) => {
+            let pod = Arc::new(pod);
+            let mut owner = Owner::new(parts.clone(), pod.clone());
+            owner.watch_sandbox();
+            parts.visible.put_pod(&pod, &[EventKind::Created, EventKind::Started]);
+            claim.settle(Ok(id));
+            owner.run().await;
+        }
+        Err((error, None)) => claim.settle(Err(error)),
+        Err((error, Some(remains))) => {
+            let remains = Arc::new(*remains);
+            let owner = Owner::new(parts.clone(), remains.clone());
+            parts.visible.put_pod(&remains, &[]);
+            claim.settle(Err(error));
+            owner.run().await;
+        }
+    }
+}
+
+/// The claim on a pod's name; settled at the latest when dropped (a panic), so that nobody waits for ever.
+struct Claimed {
+    parts: Arc<Parts>,
+    spec: Option<crate::model::pod::PodMetadata>,
+}
+
+impl Claimed {
+    fn settle(&mut self, outcome: Result<PodId>) {
+        let Some(name) = self.spec.take() else { return };
+        let waiters = self.parts.names().settle(&name, outcome.as_ref().ok().cloned());
+        for waiter in waiters {
+            let _ = waiter.send(outcome.as_ref().map(Clone::clone).map_err(copy));
+        }
+    }
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        self.settle(Err(Error::internal("make pod: its owner ended unexpectedly")));
+    }
+}
+
+/// Acquires everything a pod needs. On failure everything is given back; if that fails too, what remains is returned, recorded.
+async fn acquire_pod(parts: &Arc<Parts>, pod: Pod) -> Result<Pod, (Error, Option<Box<Pod>>)> {
+    let mut undo = Undo::default();
+    let created = Arc::new(pod);
+    match pod_steps(parts, &created, &mut undo).await {
+        Ok(pod) => {
+            undo.commit();
+            Ok(pod)
+        }
+        Err(error) => {
+            let mut leftovers = undo.run().await;
+            let (layout, id) = (parts.layout.clone(), created.id.clone());
+            if leftovers.is_empty() {
+                // The record goes last: as long as anything is left, a restart must know of it.
+                match blocking::run("remove pod directories", move || pods::remove_pod(&layout, &id)).await {
+                    Ok(()) => return Err((error, None)),
+                    Err(e) => leftovers.push(format!("remove directories: {e}")),
+                }
+            }
+            let remains = Pod { phase: PodPhase::NotReady, leftovers, ..Pod::clone(&created) };
+            tracing::warn!(pod = %remains.id, leftovers = ?remains.leftovers, "pod creation could not be undone completely");
+            let (layout, record) = (parts.layout.clone(), remains.clone());
+            if let Err(e) = blocking::run("record pod", move || pods::begin_pod(&layout, &record.id, &record)).await {
+                tracing::error!(pod = %remains.id, error = %e, "pod record could not be written");
+            }
+            Err((error, Some(Box::new(remains))))
+        }
+    }
+}
+
+async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Result<Pod> {
+    check_log_directory(pod.spec.log_directory.as_deref())?;
+    let (layout, record) = (parts.layout.clone(), pod.clone());
+    blocking::run("record pod", move || pods::begin_pod(&layout, &record.id, &*record)).await?;
+    failpoint::hit("run_pod.recorded");
+
+    // Pushed before the act: cleanup is promised also to isolators that failed half-way.
+    let (p, made) = (parts.clone(), pod.clone());
+    undo.push("clean up isolators", move || async move { all(p.isolators.cleanup(&made.id, &made.spec, None).await) });
+    let plan = parts.isolators.prepare(&Cx { pod_id: &pod.id, pod: &pod.spec, container: None }).await?;
+    failpoint::hit("run_pod.prepared");
+
+    let sandbox = parts.launcher.create_sandbox(&pod.id, &pod.spec.runtime_handler, &plan).await?;
+    let (p, made, live) = (parts.clone(), pod.clone(), sandbox.clone());
+    undo.push("delete sandbox", move || async move {
+        p.launcher.delete_sandbox(&made.id, &made.spec.runtime_handler, Some(&live)).await.map_err(|e| e.to_string())
+    });
+    failpoint::hit("run_pod.launched");
+
+    let netns = network_namespace(&plan, &sandbox);
+    let network = netns.as_ref().map(|_| serde_json::json!({ "ips": plan.ips }));
+    let ready = Pod { phase: PodPhase::Ready, ips: plan.ips, netns, network, sandbox: Some(sandbox), ..Pod::clone(pod) };
+    let (layout, record) = (parts.layout.clone(), ready.clone());
+    blocking::run("record pod", move || pods::write_pod(&layout, &record.id, &record)).await?;
+    failpoint::hit("run_pod.ready");
+    Ok(ready)
+}
+
+/// The pod's own network namespace: as planned, else as the sandbox says.
+fn network_namespace(plan: &LaunchPlan, sandbox: &Sandbox) -> Option<PathBuf> {
+    let planned = plan.spec.linux().as_ref().and_then(|l| l.namespaces().as_ref()).into_iter().flatten();
+    let planned = planned.filter(|n| n.typ() == LinuxNamespaceType::Network).find_map(|n| n.path().clone());
+    planned.or_else(|| sandbox.namespaces.get("network").cloned())
+}
+
+// ---- containers
+
+/// A container to make, everything that can be checked without acting being checked.
+pub(super) struct Order {
+    pub(super) container: Container,
+    pub(super) image: Arc<crate::model::image::Image>,
+    pub(super) target_pid: Option<u32>,
+}
+
+/// A failed creation: why, and the container if something of it could not be undone.
+pub(super) type Failed = (Error, Option<Box<Container>>);
+
+impl Owner {
+    /// `CreateContainer`: claims the name and queues the work.
+    pub(super) fn create(&mut self, spec: Box<ContainerSpec>, reply: Reply<ContainerId>) {
+        let name = spec.metadata.clone();
+        match self.names.claim(&name, reply) {
+            Claim::Joined => {}
+            Claim::Exists(id, reply) => drop(reply.send(Ok(id))),
+            Claim::First => match self.order(*spec) {
+                Ok(order) => self.lane.push(Job::Create(Box::new(order))),
+                Err(error) => refuse_all(self.names.settle(&name, None), &error),
+            },
+        }
+    }
+
+    fn order(&self, spec: ContainerSpec) -> Result<Order> {
+        let stopping = !self.is_serving();
+        admit::create_container(self.pod.phase, stopping).map_err(|e| e.about("create container in pod", &self.pod.id))?;
+        if spec.security.privileged && !self.pod.spec.privileged {
+            return Err(Error::invalid(format!("create privileged container {}: its pod is not privileged", spec.metadata.name)));
+        }
+        let image = self.parts.images.resolve(&spec.image).ok_or_else(|| Error::not_found(format!("find image {:?}: it is not in the store", spec.image)))?;
+        let log_path = log_path(self.pod.spec.log_directory.as_deref(), spec.log_path.as_deref())?;
+        let target_pid = self.target_pid(&spec)?;
+        let container = Container {
+            id: ContainerId::random(),
+            pod: self.pod.id.clone(),
+            phase: ContainerPhase::Creating,
+            created_at: self.parts.stamps.next(),
+            image_id: image.id.clone(),
+            image_ref: image_ref(&image),
+            image_name: image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&spec.image).clone(),
+            log_path,
+            stop_signal: SIGTERM,
+            user: (0, 0, Vec::new()),
+            image_volumes: self.image_volumes(&spec),
+            message: String::new(),
+            spec,
+        };
+        Ok(Order { container, image, target_pid })
+    }
+
+    /// First process of the container whose process namespace `spec` wants to share; it must be running in this pod now.
+    pub(super) fn target_pid(&self, spec: &ContainerSpec) -> Result<Option<u32>> {
+        let NamespaceMode::Target(target) = &spec.security.namespaces.pid else { return Ok(None) };
+        let missing = || Error::not_found(format!("share process namespace of container {target:?}: no such container in the pod"));
+        if target.is_empty() {
+            return Err(missing());
+        }
+        let mut found = self.slots.iter().filter(|(id, _)| id.as_str().starts_with(target.as_str())).map(|(_, slot)| slot);
+        let (Some(slot), None) = (found.next(), found.next()) else { return Err(missing()) };
+        match slot.container.phase {
+            ContainerPhase::Running { pid, .. } => Ok(Some(pid)),
+            _ => Err(Error::precondition(format!("share process namespace of container {target}: it is not running"))),
+        }
+    }
+
+    fn image_volumes(&self, spec: &ContainerSpec) -> BTreeMap<String, String> {
+        let volumes = spec.mounts.iter().filter_map(|m| Some((m, m.image.as_ref()?)));
+        volumes.filter_map(|(m, v)| Some((m.container_path.clone(), image_ref(&*self.parts.images.resolve(&v.image)?)))).collect()
+    }
+
+    /// The lane has made a container, or not.
+    pub(super) fn created(&mut self, name: &crate::model::container::ContainerMetadata, outcome: Result<(Container, Basis), Failed>) {
+        let result = match outcome {
+            Ok((container, basis)) => {
+                let id = container.id.clone();
+                self.slots.insert(id.clone(), Slot::new(Arc::new(container.clone()), Some(basis)));
+                self.show(container, Some(EventKind::Created));
+                Ok(id)
+            }
+            Err((error, None)) => Err(error),
+            Err((error, Some(remains))) => {
+                self.slots.insert(remains.id.clone(), Slot::new(Arc::new((*remains).clone()), None));
+                self.show(*remains, Some(EventKind::Created));
+                Err(error)
+            }
+        };
+        for waiter in self.names.settle(name, result.as_ref().ok().cloned()) {
+            let _ = waiter.send(result.as_ref().map(Clone::clone).map_err(copy));
+        }
+    }
+}
+
+/// Acquires everything a container needs; the counterpart of `acquire_pod`. Runs in the pod's lane.
+pub(super) async fn acquire_container(parts: Arc<Parts>, pod: Arc<Pod>, order: Order) -> Result<(Container, Basis), Failed> {
+    let mut undo = Undo::default();
+    match container_steps(&parts, &pod, &order, &mut undo).await {
+        Ok(made) => {
+            undo.commit();
+            Ok(made)
+        }
+        Err(error) => {
+            let mut leftovers = undo.run().await;
+            let (layout, pod_id, id) = (parts.layout.clone(), pod.id.clone(), order.container.id.clone());
+            if leftovers.is_empty() {
+                match blocking::run("remove container directories", move || pods::remove_container(&layout, &pod_id, &id)).await {
+                    Ok(()) => return Err((error, None)),
+                    Err(e) => leftovers.push(format!("remove directories: {e}")),
+                }
+            }
+            let message = format!("{error}; could not be undone: {}", leftovers.join("; "));
+            tracing::warn!(container = %order.container.id, message, "container creation could not be undone completely");
+            let exit = Exit::start_error(clock::now_ns(), message.clone());
+            let remains = Container { phase: ContainerPhase::Exited { started_at: 0, exit }, message, ..order.container };
+            if let Err(e) = record_container(&parts, &remains).await {
+                tracing::error!(container = %remains.id, error = %e, "container record could not be written");
+            }
+            Err((error, Some(Box::new(remains))))
+        }
+    }
+}
+
+async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo: &mut Undo) -> Result<(Container, Basis)> {
+    let container = &order.container;
+    let sandbox = pod.sandbox.as_ref().ok_or_else(|| Error::precondition(format!("create container in pod {}: it has no sandbox", pod.id)))?;
+    let (layout, record) = (parts.layout.clone(), container.clone());
+    blocking::run("record container", move || {
+        pods::begin_container(&layout, &record.pod, &record.id, &record)?;
+        // The shim only opens the file: directories are made with the daemon's view of the host.
+        match record.log_path.as_deref().and_then(Path::parent) {
+            Some(dir) => std::fs::create_dir_all(dir).act("create log directory", dir.display()),
+            None => Ok(()),
+        }
+    })
+    .await?;
+    failpoint::hit("create_container.recorded");
+
+    let key = container.id.clone();
+    let p = parts.clone();
+    // Before the act, too: an interrupted provision may have left a directory or a lease.
+    undo.push("release root filesystem", move || async move { p.images.release(key.as_str()).await.map_err(|e| e.to_string()) });
+    let rootfs = parts.images.provision(container.id.as_str(), &order.image).await?;
+    failpoint::hit("create_container.provisioned");
+
+    let (p, in_pod, key) = (parts.clone(), pod.clone(), container.id.clone());
+    undo.push("clean up isolators", move || async move { all(p.isolators.cleanup(&in_pod.id, &in_pod.spec, Some(&key)).await) });
+    let inner = ContainerCx { id: &container.id, spec: &container.spec, image: &order.image, rootfs: &rootfs, sandbox, target_pid: order.target_pid };
+    let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) };
+    let plan = parts.isolators.prepare(&cx).await?;
+    failpoint::hit("create_container.prepared");
+
+    let user = plan.spec.process().as_ref().map(|p| p.user().clone()).unwrap_or_default();
+    let stop_signal = plan.stop_signal.or(container.spec.stop_signal).unwrap_or(SIGTERM);
+    let io = TaskIo { log: container.log_path.clone(), stdin: container.spec.stdin, terminal: container.spec.tty };
+    let launch = TaskLaunch { plan, rootfs: rootfs.mounts.clone(), io };
+    let pid = parts.launcher.create_task(&pod.id, &container.id, &launch).await?;
+    let (p, pod_id, key) = (parts.clone(), pod.id.clone(), container.id.clone());
+    undo.push("delete task", move || async move { p.launcher.delete_task(&pod_id, &key).await.map_err(|e| e.to_string()) });
+    failpoint::hit("create_container.launched");
+
+    parts.isolators.isolate(&cx, pid).await?;
+    failpoint::hit("create_container.isolated");
+
+    let user = (user.uid(), user.gid(), user.additional_gids().clone().unwrap_or_default());
+    let created = Container { phase: ContainerPhase::Created { pid }, stop_signal, user, ..container.clone() };
+    record_container(parts, &created).await?;
+    failpoint::hit("create_container.created");
+    Ok((created, Basis { image: order.image.clone(), rootfs: Arc::new(rootfs) }))
+}
+
+fn image_ref(image: &crate::model::image::Image) -> String {
+    image.repo_digests.first().map_or(image.id.as_str(), String::as_str).to_owned()
+}
+
+// ---- logs
+
+fn check_log_directory(directory: Option<&Path>) -> Result<()> {
+    match directory {
+        Some(dir) if !dir.is_absolute() || dir.components().any(|c| c == Component::ParentDir) => {
+            Err(Error::invalid(format!("use log directory {}: it must be absolute and without \"..\"", dir.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `<log directory>/<log path>`, as the kubelet computes it; `None` when either is missing, which turns the log off.
+///
+/// # Errors
+/// When the path leads out of the directory (attack case 43).
+fn log_path(directory: Option<&Path>, path: Option<&Path>) -> Result<Option<PathBuf>> {
+    check_log_directory(directory)?;
+    let (Some(directory), Some(path)) = (directory, path) else { return Ok(None) };
+    // A leading slash is joined, not obeyed, as every other runtime does.
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    if relative.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    below(directory, relative)
+        .map(Some)
+        .ok_or_else(|| Error::invalid(format!("use log path {}: it leads out of the log directory {}", path.display(), directory.display())))
+}
+
+/// Answers requests that came too late.
+pub(super) fn refuse(owner: &mut Owner, order: &Order) {
+    let error = admit::create_container(owner.pod.phase, true).err().map_or_else(
+        || Error::precondition(format!("create container in pod {}: it is being stopped", owner.pod.id)),
+        |e| e.about("create container in pod", &owner.pod.id),
+    );
+    refuse_all(owner.names.settle(&order.container.spec.metadata, None), &error);
+}
+
+/// Claims the name of a pod and starts its making; the answer comes through the reply.
+pub(super) fn begin_pod(parts: &Arc<Parts>, spec: PodSpec, reply: Reply<PodId>) {
+    // The match is on a value, so that the lock is not held in its arms.
+    let claim = parts.names().claim(&spec.metadata, reply);
+    match claim {
+        Claim::Joined => {}
+        Claim::Exists(id, reply) => drop(reply.send(Ok(id))),
+        Claim::First => drop(tokio::spawn(run_pod(parts.clone(), spec))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_paths_stay_below_the_log_directory() {
+        let dir = Path::new("/var/log/pods/x");
+        let path = |p: &str| log_path(Some(dir), Some(Path::new(p)));
+        assert_eq!(path("c/0.log").unwrap(), Some(dir.join("c/0.log")));
+        assert_eq!(path("/c/0.log").unwrap(), Some(dir.join("c/0.log")));
+        assert_eq!(path("").unwrap(), None);
+        for bad in ["../0.log", "c/../../0.log", "c/..", "/../x"] {
+            assert!(path(bad).is_err(), "{bad}");
+        }
+        assert_eq!(log_path(None, Some(Path::new("x"))).unwrap(), None);
+        assert_eq!(log_path(Some(dir), None).unwrap(), None);
+        for bad in ["/var/log/../../etc", "relative"] {
+            assert!(log_path(Some(Path::new(bad)), Some(Path::new("x"))).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! The lane: work of one pod that calls isolators, one job at a time, in order of arrival. Isolators are promised that, and
+//! it is all they need to know about concurrency. Jobs work on copies; their outcome comes back to the owner as [`Done`].
+
+use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+
+use super::create::{self, Failed, Order};
+use super::owner::{Note, Owner};
+use super::parts::{Parts, Reply};
+use super::remove::{self, Torn};
+use super::slot::{Basis, Task};
+use super::{Container, Pod};
+use crate::isolators::{ContainerCx, Cx};
+use crate::model::ContainerId;
+use crate::model::container::ContainerMetadata;
+use crate::model::error::{Error, Result};
+use crate::model::phase::ContainerPhase;
+use crate::model::resources::Resources;
+use crate::stdx::failpoint;
+
+/// Something to do.
+pub(super) enum Job {
+    /// Make a container.
+    Create(Box<Order>),
+    /// Apply limits.
+    Update(ContainerId, Box<Resources>, Reply<()>),
+    /// Give back everything a container has.
+    Clean(ContainerId),
+    /// Give back the remains of a container that nobody knows by now.
+    Sweep(ContainerId),
+    /// End the sandbox and give back everything the pod has.
+    TearDown,
+    /// Remove the pod's directories and record.
+    Erase,
+}
+
+/// What came of it.
+pub(super) enum Done {
+    /// Of `Create`.
+    Created(ContainerMetadata, Box<Result<(Container, Basis), Failed>>),
+    /// Of `Update`: the limits that hold now.
+    Updated(ContainerId, Result<(Resources, Option<Basis>)>, Reply<()>),
+    /// Of `Clean`.
+    Cleaned(ContainerId, Result<()>),
+    /// Of `Sweep`.
+    Swept(ContainerId, Result<()>),
+    /// Of `TearDown`.
+    Torn(Torn),
+    /// Of `Erase`.
+    Erased(Result<()>),
+}
+
+/// The queue.
+#[derive(Default)]
+pub(super) struct Lane {
+    queue: VecDeque<Job>,
+    busy: bool,
+}
+
+impl Lane {
+    /// Queues a job; it starts when the owner advances.
+    pub(super) fn push(&mut self, job: Job) {
+        self.queue.push_back(job);
+    }
+
+    /// Nothing queued, nothing running.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.busy && self.queue.is_empty()
+    }
+
+    /// Takes queued creations out: the pod is being stopped.
+    pub(super) fn drain_creations(&mut self) -> Vec<Order> {
+        let (mut orders, mut kept) = (Vec::new(), VecDeque::new());
+        for job in self.queue.drain(..) {
+            match job {
+                Job::Create(order) => orders.push(*order),
+                other => kept.push_back(other),
+            }
+        }
+        self.queue = kept;
+        orders
+    }
+}
+
+impl Owner {
+    /// Starts the next job if none runs.
+    pub(super) fn advance_lane(&mut self) {
+        while !self.lane.busy {
+            let Some(job) = self.lane.queue.pop_front() else { return };
+            self.lane.busy = self.begin(job);
+        }
+    }
+
+    /// Starts a job; `false` when there turned out to be nothing to do.
+    fn begin(&mut self, job: Job) -> bool {
+        let (parts, pod) = (self.parts.clone(), self.pod.clone());
+        match job {
+            Job::Create(order) => {
+                let name = order.container.spec.metadata.clone();
+                let broken = Done::Created(name.clone(), Box::new(Err((panicked("create container"), None))));
+                self.spawn_job(async move { Done::Created(name, Box::new(create::acquire_container(parts, pod, *order).await)) }, broken);
+            }
+            Job::Update(id, resources, reply) => {
+                let Some((container, basis)) = self.slots.get(&id).map(|s| (s.container.clone(), s.basis.clone())) else {
+                    let _ = reply.send(Err(Error::not_found(format!("update container {id}: no such container"))));
+                    return false;
+                };
+                // A panic here drops the reply with the future; its caller then gets an internal error.
+                self.spawn(async move {
+                    let work = AssertUnwindSafe(update(&parts, &pod, &container, basis, &resources)).catch_unwind();
+                    let result = work.await.unwrap_or_else(|_| Err(panicked("update container")));
+                    Note::Lane(Box::new(Done::Updated(id, result, reply)))
+                });
+            }
+            Job::Clean(id) => {
+                let Some((container, held)) = self.slots.get(&id).map(|s| (s.container.clone(), s.task != Task::Gone)) else { return false };
+                let broken = Done::Cleaned(id.clone(), Err(panicked("remove container")));
+                self.spawn_job(async move { Done::Cleaned(id, remove::clean(&parts, &pod, &container.id, held).await) }, broken);
+            }
+            Job::Sweep(id) => {
+                let broken = Done::Swept(id.clone(), Err(panicked("sweep container")));
+                self.spawn_job(async move { Done::Swept(id.clone(), remove::clean(&parts, &pod, &id, true).await) }, broken);
+            }
+            Job::TearDown => {
+                let broken = Done::Torn(Torn { ended: false, failures: vec![panicked("stop pod").to_string()] });
+                self.spawn_job(async move { Done::Torn(remove::tear_down(&parts, &pod).await) }, broken);
+            }
+            Job::Erase => {
+                let broken = Done::Erased(Err(panicked("remove pod")));
+                self.spawn_job(async move { Done::Erased(remove::erase(&parts, &pod.id).await) }, broken);
+            }
+        }
+        true
+    }
+
+    /// A job that panics must not leave the lane busy for ever: then `broken` is its outcome.
+    fn spawn_job(&self, work: impl Future<Output = Done> + Send + 'static, broken: Done) {
+        self.spawn(async move { Note::Lane(Box::new(AssertUnwindSafe(work).catch_unwind().await.unwrap_or(broken))) });
+    }
+
+    pub(super) async fn lane_done(&mut self, done: Done) {
+        self.lane.busy = false;
+        match done {
+            Done::Created(name, outcome) => self.created(&name, *outcome),
+            Done::Updated(id, result, reply) => {
+                let _ = reply.send(self.updated(&id, result).await);
+            }
+            Done::Cleaned(id, result) => self.cleaned(&id, result),
+            Done::Swept(id, Err(error)) => tracing::error!(container = %id, %error, "remains of a container could not be removed, the next start tries again"),
+            Done::Swept(_, Ok(())) => {}
+            Done::Torn(torn) => self.torn(torn).await,
+            Done::Erased(result) => self.erased(result),
+        }
+    }
+
+    async fn updated(&mut self, id: &ContainerId, result: Result<(Resources, Option<Basis>)>) -> Result<()> {
+        let (resources, basis) = result?;
+        let slot = self.slots.get_mut(id).ok_or_else(|| Error::not_found(format!("update container {id}: no such container")))?;
+        slot.basis = basis.or(slot.basis.take());
+        let mut container = Container::clone(&slot.container);
+        if !matches!(container.phase, ContainerPhase::Created { .. } | ContainerPhase::Running { .. }) {
+            return Err(Error::precondition(format!("update container {id}: it ended meanwhile")));
+        }
+        container.spec.resources = resources.clone();
+        // While a start is under way the record says Running already and must go on saying so.
+        let recorded = match slot.starting.as_mut() {
+            Some(starting) => {
+                Arc::make_mut(starting).spec.resources = resources;
+                Container::clone(starting)
+            }
+            None => container.clone(),
+        };
+        self.record(&recorded).await?;
+        self.show(container, None);
+        Ok(())
+    }
+}
+
+fn panicked(act: &str) -> Error {
+    Error::internal(format!("{act}: the work panicked"))
+}
+
+/// Applies limits: first whoever describes them, then the shim. Returns what holds in all.
+async fn update(parts: &Arc<Parts>, pod: &Pod, container: &Container, basis: Option<Basis>, wanted: &Resources) -> Result<(Resources, Option<Basis>)> {
+    let merged = container.spec.resources.updated_by(wanted);
+    let basis = match basis {
+        Some(basis) => Some(basis),
+        // After a restart. Without its image a container still runs, and its limits can still be changed by the shim.
+        None => match parts.images.resolve(container.image_id.as_str()) {
+            Some(image) => {
+                let rootfs = Arc::new(parts.images.provision(container.id.as_str(), &image).await?);
+                Some(Basis { image, rootfs })
+            }
+            None => None,
+        },
+    };
+    if let (Some(basis), Some(sandbox)) = (&basis, &pod.sandbox) {
+        let inner = ContainerCx { id: &container.id, spec: &container.spec, image: &basis.image, rootfs: &basis.rootfs, sandbox, target_pid: None };
+        parts.isolators.update(&Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) }, &merged).await?;
+    }
+    parts.launcher.update_task(&pod.id, &container.id, wanted).await?;
+    failpoint::hit("update_container.applied");
+    Ok((merged, basis))
+}

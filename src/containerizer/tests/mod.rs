@@ -1,0 +1,1 @@
+//! Tests of the containerizer against fakes of everything below it.
