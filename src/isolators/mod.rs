@@ -9,13 +9,20 @@ mod parts;
 
 mod docker_runtime;
 mod filesystem_linux;
+mod linux_apparmor;
 mod linux_capabilities;
+mod linux_devices;
 mod linux_nnp;
+mod linux_seccomp;
+mod linux_selinux;
+mod linux_sysctl;
 mod namespaces_ipc;
 mod namespaces_pid;
 mod namespaces_uts;
 mod network_cni;
 mod pod_files;
+mod posix_rlimits;
+mod volume_host_path;
 
 #[cfg(test)]
 mod tests;
@@ -53,10 +60,17 @@ pub const ENTRIES: &[Entry] = &[
     namespaces_pid::ENTRY,
     namespaces_ipc::ENTRY,
     namespaces_uts::ENTRY,
+    linux_sysctl::ENTRY,
     pod_files::ENTRY,
     docker_runtime::ENTRY,
+    posix_rlimits::ENTRY,
     linux_capabilities::ENTRY,
     linux_nnp::ENTRY,
+    linux_seccomp::ENTRY,
+    linux_apparmor::ENTRY,
+    linux_selinux::ENTRY,
+    linux_devices::ENTRY,
+    volume_host_path::ENTRY,
     network_cni::ENTRY,
 ];
 
