@@ -2,6 +2,34 @@
 //!
 //! A failure comes back as step name + errno + path ([`StepError`]). The shim calls [`create`] and [`exec`]; nothing else
 //! runs these. No tokio, no tracing, no heavy dependency.
+//!
+//! ```text
+//! shim ── fork ──> stage 1: reads the bundle, clones stage 2 ──┬── cgroup, user mapping, OOM score ── exits
+//!   │                                                          └─> stage 2 (the shim's child): STEPS ── ready ── waits ── execve
+//!   └── listens on one socket pair; its end means execve has succeeded
+//! ```
+//!
+//! The caller has one thread: the children are forks without exec, and go on in its memory's copy.
+
+mod bundle;
+mod cgroup;
+mod channel;
+mod devices;
+mod fault;
+mod holder;
+mod launch;
+mod mounts;
+mod namespaces;
+mod options;
+mod parent;
+mod procfs;
+mod resolve;
+mod root;
+mod settings;
+mod stage1;
+mod stage2;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -9,6 +37,27 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::model::image::RootMount;
+
+pub use holder::spawn_pid_holder;
+
+/// Step that fails when the cgroup is not ours; the group is left alone then.
+const CREATE_CGROUP: &str = "create cgroup";
+
+/// Makes a container whose first process is set up and waits. Blocks for some milliseconds.
+///
+/// # Errors
+/// The step that failed; everything made until then is gone again.
+pub fn create(request: CreateRequest) -> Result<Blocked, StepError> {
+    parent::create(request)
+}
+
+/// Runs a process in a container; returns when its execve has succeeded.
+///
+/// # Errors
+/// The step that failed; the process is reaped.
+pub fn exec(request: ExecRequest) -> Result<Executed, StepError> {
+    parent::exec(request)
+}
 
 /// Where a process's standard streams go.
 #[derive(Debug)]
@@ -50,7 +99,35 @@ pub struct Blocked {
     /// Terminal master, when asked for.
     pub console: Option<OwnedFd>,
     /// Cgroup directories made for it, to be removed on delete; empty when the daemon places it.
-    pub cgroup: Option<crate::init::CgroupRef>,
+    pub cgroup: Option<CgroupRef>,
+    /// What the process waits for. Dropped unopened, the process ends.
+    pub gate: Gate,
+}
+
+impl Blocked {
+    /// Lets the process go on to execve; see [`Gate::open`].
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn start(self) -> Result<(), StepError> {
+        self.gate.open()
+    }
+}
+
+/// The line to a process that waits for its start.
+#[derive(Debug)]
+pub struct Gate {
+    sync: OwnedFd,
+}
+
+impl Gate {
+    /// Lets the process go on and waits until its execve has succeeded.
+    ///
+    /// # Errors
+    /// The step that failed, with the command's name for `exec`. The process has ended then and is the caller's to reap.
+    pub fn open(self) -> Result<(), StepError> {
+        parent::start(&self)
+    }
 }
 
 /// How to find a container's cgroup again: the path below the hierarchy roots, as `linux.cgroupsPath` resolved.

@@ -3,6 +3,10 @@
 //! Invariant: every `unsafe` block has a SAFETY line; no policy, no logging, no allocation after a fork in the child paths.
 
 pub mod bpf;
+pub mod clone;
+pub mod mount;
+pub mod process;
+pub mod pty;
 pub mod random;
 #[cfg(test)]
 pub mod testing;

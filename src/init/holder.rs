@@ -1,0 +1,39 @@
+//! First process of a process namespace that containers share: it only reaps.
+
+use std::os::fd::OwnedFd;
+
+use rustix::process::PidfdFlags;
+
+use super::StepError;
+use super::fault::On;
+use crate::sys;
+
+/// Name of the process in `ps`.
+const NAME: &std::ffi::CStr = c"mesocri-pod";
+
+/// Starts a child in a new process namespace that reaps whatever is left to it, for ever. It ends when it is
+/// killed.
+///
+/// # Errors
+/// When it cannot be cloned.
+pub fn spawn_pid_holder() -> Result<(u32, OwnedFd), StepError> {
+    let mask = sys::process::block_signals();
+    let cloned = sys::clone::child_in(libc::CLONE_NEWPID, || {
+        sys::process::reset_signals();
+        // The shim's sockets and files are not for a process that lives as long as the pod.
+        let ready = sys::process::close_range(0, i32::MAX, false).is_ok() && rustix::thread::set_name(NAME).is_ok();
+        if !ready || rustix::process::setsid().is_err() {
+            return 1;
+        }
+        // The kernel then reaps what is left to this process, without waking it.
+        sys::process::reap_children_unseen();
+        loop {
+            nix::unistd::pause();
+        }
+    });
+    sys::process::set_signal_mask(&mask);
+    let at = |f: super::fault::Fault| f.at("clone process namespace");
+    let pid = cloned.on("first process").map_err(at)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).on("first process").map_err(at)?;
+    Ok((pid.as_raw_nonzero().get().unsigned_abs(), pidfd))
+}

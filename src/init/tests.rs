@@ -1,0 +1,1 @@
+//! Whole containers, made for real.
