@@ -48,8 +48,7 @@ pub(super) fn receive(from: BorrowedFd<'_>) -> io::Result<Option<(Message, Optio
     let mut bytes = [0; MESSAGE_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got =
-        rustix::io::retry_on_intr(|| rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
+    let got = rustix::io::retry_on_intr(|| rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
     if got.bytes == 0 {
         return Ok(None);
     }

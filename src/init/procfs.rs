@@ -12,16 +12,8 @@ use super::mounts;
 use super::stage2::Child;
 
 /// Sysctls that belong to the ipc namespace.
-const IPC: &[&str] = &[
-    "kernel.msgmax",
-    "kernel.msgmnb",
-    "kernel.msgmni",
-    "kernel.sem",
-    "kernel.shmall",
-    "kernel.shmmax",
-    "kernel.shmmni",
-    "kernel.shm_rmid_forced",
-];
+const IPC: &[&str] =
+    &["kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem", "kernel.shmall", "kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced"];
 
 /// The step: `linux.sysctl`. Only those of a namespace that the spec lists: any other would change the host.
 pub(super) fn sysctls(child: &mut Child<'_>) -> Result {
@@ -37,7 +29,7 @@ pub(super) fn sysctls(child: &mut Child<'_>) -> Result {
             Some("kernel") if dotted == "kernel.domainname" || dotted == "kernel.hostname" => Some(LinuxNamespaceType::Uts),
             _ => None,
         };
-        if !owner.is_some_and(|ns| child.bundle.namespace(ns).is_some()) {
+        if owner.is_none_or(|ns| child.bundle.namespace(ns).is_none()) {
             return Err(Fault::new(format_args!("{name}: not in a namespace of the container"), libc::EPERM));
         }
         write(child, &Path::new("sys").join(file), value).map_err(|e| Fault::new(format_args!("{name}={value}"), e.raw_os_error()))?;

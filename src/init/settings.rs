@@ -13,9 +13,9 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::bundle::Bundle;
 use super::fault::{Fault, On, Result};
+use super::procfs;
 use super::resolve::{self, Kind};
 use super::stage2::Child;
-use super::procfs;
 use crate::sys::process as sys;
 
 /// A compiled system call filter and how to load it.
@@ -48,12 +48,7 @@ impl Filter {
         }
         let program = instructions
             .iter()
-            .map(|&[c0, c1, jt, jf, k0, k1, k2, k3]| sys::Instruction {
-                code: u16::from_ne_bytes([c0, c1]),
-                jt,
-                jf,
-                k: u32::from_ne_bytes([k0, k1, k2, k3]),
-            })
+            .map(|&[c0, c1, jt, jf, k0, k1, k2, k3]| sys::Instruction { code: u16::from_ne_bytes([c0, c1]), jt, jf, k: u32::from_ne_bytes([k0, k1, k2, k3]) })
             .collect();
         let flags = described.and_then(|s| s.flags().as_ref()).into_iter().flatten().fold(0, |flags, flag| {
             flags

@@ -85,7 +85,7 @@ fn create_stage2(request: CreateRequest, sync: &OwnedFd) -> Result<(), StepError
         inherited_cgroups = cgroup::parse(&text);
     }
     let mut request = Some((request.rootfs, request.stdio, namespaces.join, filter, inherited_cgroups));
-    let spawned = spawn(sync, new, |stage1, root| {
+    let spawned = spawn(new, |stage1, root| {
         let (rootfs, stdio, join, filter, inherited_cgroups) = request.take()?;
         Some(Child { rootfs, new, join, inherited_cgroups, ..child(&bundle, process, stdio, filter, sync.as_fd(), stage1, root, true) })
     })
@@ -108,12 +108,11 @@ fn create_stage2(request: CreateRequest, sync: &OwnedFd) -> Result<(), StepError
 fn exec_stage2(request: ExecRequest, sync: &OwnedFd) -> Result<(), StepError> {
     let named = |step: &'static str| move |f: Fault| f.at(step);
     let bundle = Bundle::load(request.bundle).map_err(named("read bundle"))?;
-    let process: Process =
-        serde_json::from_slice(&request.process).map_err(|e| Fault::new(format_args!("process: {e}"), libc::EINVAL).at("read request"))?;
+    let process: Process = serde_json::from_slice(&request.process).map_err(|e| Fault::new(format_args!("process: {e}"), libc::EINVAL).at("read request"))?;
     let filter = Filter::load(&bundle).map_err(named("read system call filter"))?;
     let target = target(request.pid).map_err(named("join namespaces"))?;
     let mut request_parts = Some((request.stdio, target, filter));
-    let spawned = spawn(sync, CloneFlags::empty(), |stage1, root| {
+    let spawned = spawn(CloneFlags::empty(), |stage1, root| {
         let (stdio, target, filter) = request_parts.take()?;
         Some(Child { target: Some(target), ..child(&bundle, &process, stdio, filter, sync.as_fd(), stage1, root, false) })
     })
@@ -169,7 +168,7 @@ struct Spawned {
     pipe: OwnedFd,
 }
 
-fn spawn<'a>(sync: &OwnedFd, new: CloneFlags, make: impl FnOnce(OwnedFd, OwnedFd) -> Option<Child<'a>>) -> Result<Spawned> {
+fn spawn<'a>(new: CloneFlags, make: impl FnOnce(OwnedFd, OwnedFd) -> Option<Child<'a>>) -> Result<Spawned> {
     let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).on("pipe")?;
     let root = stage2::open_root().on("/")?;
     // Taken by the child's copy only.
@@ -178,7 +177,6 @@ fn spawn<'a>(sync: &OwnedFd, new: CloneFlags, make: impl FnOnce(OwnedFd, OwnedFd
         write = None;
         make(read, root).map_or(1, stage2::main)
     });
-    let _ = sync;
     Ok(Spawned { pid: pid.on(format_args!("{new:?}"))?, pipe: write.ok_or_else(|| Fault::new("pipe", libc::EBADF))? })
 }
 

@@ -105,7 +105,7 @@ pub(super) const SETTINGS: &[Step] = &[
     ("set capabilities", settings::capabilities),
     ("set no_new_privs", settings::no_new_privileges),
     ("load system call filter", settings::late_filter),
-    ("wait for start", Child::gate),
+    ("wait for start", |child| child.gate()),
     ("exec", run),
 ];
 

@@ -36,9 +36,8 @@ pub fn set_attributes(mount: BorrowedFd<'_>, attributes: Attributes, recursive: 
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     let empty: &CStr = c"";
     // SAFETY: the path and the structure live for the call and have the sizes given.
-    let r = unsafe {
-        libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), empty.as_ptr(), flags, std::ptr::from_ref(&attr), size_of::<libc::mount_attr>())
-    };
+    let r =
+        unsafe { libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), empty.as_ptr(), flags, std::ptr::from_ref(&attr), size_of::<libc::mount_attr>()) };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
