@@ -163,6 +163,19 @@ impl Host {
         v1.or_else(|| self.v2().filter(|h| controller.core_on_v2() || h.controllers.contains(&controller)))
     }
 
+    /// Whether swap can be limited (a kernel built or booted without swap accounting lacks the files).
+    pub fn accounts_swap(&self) -> bool {
+        match self.locate(Controller::Memory) {
+            None => false,
+            Some(h) if h.version == Version::V1 => h.root.join("memory.memsw.limit_in_bytes").exists(),
+            // The v2 root has no limits; any group below it shows whether there is such a file.
+            Some(h) => std::fs::read_dir(&h.root).is_ok_and(|entries| {
+                let with_memory = entries.flatten().map(|e| e.path()).find(|p| p.join("memory.max").exists());
+                with_memory.is_none_or(|p| p.join("memory.swap.max").exists())
+            }),
+        }
+    }
+
     /// The hierarchy that is asked for the processes of a group: v2 when there is one (it can kill and tell when a group is
     /// empty), else freezer, else any.
     pub(super) fn tracking(&self) -> Option<&Hierarchy> {

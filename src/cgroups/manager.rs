@@ -18,6 +18,10 @@ use crate::model::stats::CgroupStats;
 
 /// Marks a parent that was made on the way to a group, so that it goes when it is empty again.
 const MARK: &str = "trusted.mesocri";
+/// Says which daemon a group belongs to ([`Manager::set_owner`]).
+const OWNER: &str = "trusted.mesocri.owner";
+/// Longest owner taken: a path.
+const MAX_OWNER: usize = 4096;
 /// Sub-groups nest no deeper than this when they are removed: each level holds a descriptor.
 const MAX_DEPTH: usize = 128;
 /// How often a directory is made again when a neighbour's `delete` took its parent away in between.
@@ -72,6 +76,14 @@ impl Manager {
     /// As [`Manager::open`].
     pub fn open_on(host: Arc<Host>, path: &str) -> Result<Self> {
         Ok(Self { host, path: CgroupPath::new(path)? })
+    }
+
+    /// The group `name` below this one, whether it exists or not.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name that is not allowed.
+    pub fn below(&self, name: &str) -> Result<Self> {
+        Ok(Self { host: self.host.clone(), path: self.path.join(name)? })
     }
 
     /// Its path below the roots.
@@ -211,6 +223,28 @@ impl Manager {
             }
         }
         Ok(names)
+    }
+
+    /// Writes down on the group who made it, so that a restarted daemon finds its own among those of others.
+    ///
+    /// # Errors
+    /// `Unimplemented` when no hierarchy takes extended attributes.
+    pub fn set_owner(&self, owner: &str) -> Result<()> {
+        let set = |h: &Hierarchy| rustix::fs::setxattr(h.dir(&self.path), OWNER, owner.as_bytes(), XattrFlags::empty()).is_ok();
+        // On all of them: which one is still there after a crash half-way through a delete is not known.
+        if self.host.hierarchies().iter().filter(|h| set(h)).count() > 0 {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Unimplemented, format!("mark cgroup {} as ours: no extended attributes", self.path)))
+    }
+
+    /// What [`Manager::set_owner`] wrote, on whichever hierarchy has it.
+    pub fn owner(&self) -> Option<String> {
+        let mut value = vec![0u8; MAX_OWNER];
+        self.host.hierarchies().iter().find_map(|h| {
+            let n = rustix::fs::getxattr(h.dir(&self.path), OWNER, &mut value[..]).ok()?;
+            String::from_utf8(value[..n].to_vec()).ok()
+        })
     }
 
     /// The directory on v2, open, for `clone3` with `CLONE_INTO_CGROUP`; `None` without v2 or group.

@@ -7,6 +7,7 @@ pub mod set;
 
 mod parts;
 
+mod cgroups;
 mod docker_runtime;
 mod filesystem_linux;
 mod linux_apparmor;
@@ -64,6 +65,7 @@ pub const ENTRIES: &[Entry] = &[
     pod_files::ENTRY,
     docker_runtime::ENTRY,
     posix_rlimits::ENTRY,
+    cgroups::ENTRY,
     linux_capabilities::ENTRY,
     linux_nnp::ENTRY,
     linux_seccomp::ENTRY,

@@ -113,6 +113,11 @@ impl Bench {
         isolator.prepare(&Cx { pod_id: &self.pod_id, pod: &self.pod, container: Some(self.cx()) }).await
     }
 
+    /// Gives the container new limits.
+    pub async fn update(&self, isolator: &dyn Isolator, merged: &crate::model::resources::Resources) -> Result<()> {
+        isolator.update(&Cx { pod_id: &self.pod_id, pod: &self.pod, container: Some(self.cx()) }, merged).await
+    }
+
     fn cx(&self) -> ContainerCx<'_> {
         let Self { id, spec, image, rootfs, sandbox, target_pid, .. } = self;
         ContainerCx { id, spec, image, rootfs, sandbox, target_pid: *target_pid }
