@@ -37,3 +37,17 @@ pub fn spawn_pid_holder() -> Result<(u32, OwnedFd), StepError> {
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).on("first process").map_err(at)?;
     Ok((pid.as_raw_nonzero().get().unsigned_abs(), pidfd))
 }
+
+/// Waits until `SIGTERM` or `SIGINT` comes; children that end meanwhile are reaped unseen. For a process of its own.
+///
+/// # Errors
+/// When signals cannot be waited for.
+pub fn pause() -> Result<(), StepError> {
+    use nix::sys::signal::{SigSet, Signal};
+    let ends = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    // Blocked and waited for: process 1 gets no signal that it has not asked for.
+    ends.thread_block().on("signals").map_err(|f| f.at("pause"))?;
+    sys::process::reap_children_unseen();
+    ends.wait().on("signals").map_err(|f| f.at("pause"))?;
+    Ok(())
+}

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::image::RootMount;
 
-pub use holder::spawn_pid_holder;
+pub use holder::{pause, spawn_pid_holder};
 
 /// Step that fails when the cgroup is not ours; the group is left alone then.
 const CREATE_CGROUP: &str = "create cgroup";

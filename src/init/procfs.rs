@@ -2,7 +2,7 @@
 //! a link nor a mount of the container's can stand in a path's way.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::LinuxNamespaceType;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -21,6 +21,10 @@ pub(super) fn sysctls(child: &mut Child<'_>) -> Result {
     for (name, value) in sysctls {
         // Both `net.core.x` and `net/core/x` are written; in the second a dot is part of an interface's name.
         let file: PathBuf = if name.contains('/') { name.into() } else { name.replace('.', "/").into() };
+        // Such as `net/../kernel/core_pattern`, whose first word would speak for a file it does not name.
+        if name.contains('\0') || !file.components().all(|c| matches!(c, Component::Normal(_))) || file.as_os_str().is_empty() {
+            return Err(Fault::new(name, libc::EINVAL));
+        }
         let dotted = name.replace('/', ".");
         let owner = match dotted.split('.').next() {
             Some("net") => Some(LinuxNamespaceType::Network),

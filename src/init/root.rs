@@ -75,7 +75,7 @@ fn root_mount(bundle: &Path, path: &Path, target: &OwnedFd, m: &RootMount) -> Re
         mounts::copy(&bundle.join(&m.source), options.bind != Some(false))?
     } else {
         let attributes = std::mem::take(&mut options.attributes);
-        let made = if m.fstype == "overlay" { overlay(&options.data, attributes.set)? } else { None };
+        let made = if m.fstype == "overlay" { overlay(&m.source, &options.data, attributes.set)? } else { None };
         match made {
             Some(tree) => tree,
             None if m.fstype == "overlay" => {
@@ -91,11 +91,12 @@ fn root_mount(bundle: &Path, path: &Path, target: &OwnedFd, m: &RootMount) -> Re
 
 /// An overlay by the new mount interface, one layer a call, so that their number and the length of their names do not matter.
 /// `None` when this kernel (before 6.5) or these options need the classic call.
-fn overlay(data: &[String], attributes: u64) -> Result<Option<OwnedFd>> {
+fn overlay(source: &str, data: &[String], attributes: u64) -> Result<Option<OwnedFd>> {
     let fs = match rustix::mount::fsopen(c"overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
         Err(Errno::NOSYS) => return Ok(None),
         other => other.on("overlay")?,
     };
+    rustix::mount::fsconfig_set_string(&fs, c"source", source).on(source)?;
     for option in data {
         let set = match option.split_once('=') {
             // Data-only layers ("::") have a key of their own; rare, and the classic call knows them.
@@ -191,8 +192,9 @@ pub(super) fn change(child: &mut Child<'_>) -> Result {
     }
     nix::mount::umount2(".", MntFlags::MNT_DETACH).on("old root")?;
     rustix::process::chdir("/").on("/")?;
-    if let Some((kind, recursive)) = propagation {
-        change_propagation(Path::new("/"), kind | if recursive { libc::MS_REC } else { 0 }).on("/")?;
+    if let Some((kind, _)) = propagation {
+        // The root alone: every other mount has what its own options say.
+        change_propagation(Path::new("/"), kind).on("/")?;
     }
     Ok(())
 }

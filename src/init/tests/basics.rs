@@ -1,8 +1,12 @@
 //! Create, start, exec, terminals.
 
+use std::fs::File;
+use std::io::Read;
+
 use serde_json::json;
 
-use super::harness::{Bundle, process};
+use super::harness::{Bundle, process, reap};
+use crate::init::{Stdio, create, exec, spawn_pid_holder};
 
 #[test]
 fn a_container_runs_in_its_own_namespaces() {
@@ -51,4 +55,108 @@ fn a_failed_create_leaves_no_cgroup() {
     let e = b.run().unwrap_err();
     assert_eq!((e.step.as_str(), e.object.as_str(), e.errno), ("mount", "/no/such/source", libc::ENOENT));
     assert!(!b.cgroup_exists());
+}
+
+#[test]
+fn a_terminal_is_made_in_the_container() {
+    let mut b = Bundle::new("tty; stty size; test -c /dev/console && echo console; ls -l /dev/console");
+    std::os::unix::fs::symlink("busybox", b.path("rootfs/bin/stty")).unwrap();
+    b.spec["process"]["terminal"] = json!(true);
+    let blocked = create(b.request(Stdio::Terminal { size: (91, 17) })).unwrap();
+    let (pid, master) = (blocked.pid, File::from(blocked.console.unwrap()));
+    blocked.gate.open().unwrap();
+    let out = terminal(master);
+    assert_eq!(reap(pid), 0);
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(lines[..3], ["/dev/pts/0", "17 91", "console"], "{out}");
+    assert!(lines[3].starts_with("crw--w----") && lines[3].contains("136,"), "{out}");
+}
+
+#[test]
+fn an_exec_gets_a_terminal_too() {
+    let b = Bundle::new("echo up; exec sleep 1000");
+    let running = b.background();
+    let done = exec(b.exec_request(&running, &process("tty; test -t 2 && echo yes"), Stdio::Terminal { size: (0, 0) })).unwrap();
+    let out = terminal(File::from(done.console.unwrap()));
+    assert_eq!((reap(done.pid), out.as_str()), (0, "/dev/pts/0\r\nyes\r\n"));
+}
+
+/// Reads a terminal's master until the other side is closed, which is EIO.
+fn terminal(mut master: File) -> String {
+    let (mut out, mut buffer) = (Vec::new(), [0; 1024]);
+    while let Ok(n @ 1..) = master.read(&mut buffer) {
+        out.extend_from_slice(&buffer[..n]);
+    }
+    String::from_utf8(out).unwrap()
+}
+
+#[test]
+fn a_container_joins_namespaces_by_path() {
+    let holder = Bundle::new("echo up; exec sleep 1000");
+    let running = holder.background();
+    let (pid, pidfd) = spawn_pid_holder().unwrap();
+    let mut b = Bundle::new("hostname; echo $$; cat /proc/1/comm; readlink /proc/self/ns/ipc");
+    let of = |kind: &str, pid: u32| json!(format!("/proc/{pid}/ns/{kind}"));
+    b.spec["linux"]["namespaces"] = json!([
+        { "type": "pid", "path": of("pid", pid) }, { "type": "ipc", "path": of("ipc", running.pid) },
+        { "type": "uts", "path": of("uts", running.pid) }, { "type": "network", "path": of("net", running.pid) }, { "type": "mount" },
+    ]);
+    b.spec["hostname"] = json!("not-applied");
+    let lines = b.lines();
+    let ipc = std::fs::read_link(format!("/proc/{}/ns/ipc", running.pid)).unwrap();
+    assert_eq!(lines, ["inside", "2", "mesocri-pod", ipc.to_str().unwrap()]);
+    rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(reap(pid), 128 + 9);
+}
+
+#[test]
+fn a_new_user_namespace_is_mapped() {
+    let mut b = Bundle::new("id -u; cat /proc/self/uid_map; stat -c %t:%T /dev/null");
+    b.spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+    let map = json!([{ "containerID": 0, "hostID": 0, "size": 1000 }]);
+    b.spec["linux"]["uidMappings"] = map.clone();
+    b.spec["linux"]["gidMappings"] = map;
+    let lines = b.lines();
+    assert_eq!(lines[0], "0");
+    assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>(), ["0", "0", "1000"]);
+    assert_eq!(lines[2], "1:3");
+}
+
+#[test]
+fn a_process_is_not_started_before_the_gate_opens_and_ends_without_it() {
+    let b = Bundle::new("touch /ran");
+    let (stdio, _out) = super::harness::streams();
+    let blocked = create(b.request(stdio)).unwrap();
+    let pid = blocked.pid;
+    drop(blocked);
+    assert_eq!(reap(pid), 1);
+    assert!(!b.path("rootfs/ran").exists());
+}
+
+/// The budget is for release builds on an idle machine; here the number is only shown (`--no-capture`), and bounded against
+/// gross mistakes.
+#[test]
+fn create_and_start_take_milliseconds() {
+    let mut b = Bundle::new("");
+    b.spec["process"]["args"] = json!(["/bin/true"]);
+    super::storage::overlay(&mut b, 5);
+    let mut times: Vec<_> = (0..50)
+        .map(|_| {
+            let (stdio, out) = super::harness::streams();
+            let request = b.request(stdio);
+            let begin = std::time::Instant::now();
+            let blocked = create(request).unwrap();
+            let (pid, created) = (blocked.pid, begin.elapsed());
+            blocked.start().unwrap();
+            let started = begin.elapsed();
+            assert_eq!(super::harness::finish(pid, out).code, 0);
+            let manager = crate::cgroups::Manager::open(b.spec["linux"]["cgroupsPath"].as_str().unwrap()).unwrap();
+            manager.delete().unwrap();
+            (started, created)
+        })
+        .collect();
+    times.sort();
+    let (started, created) = times[times.len() / 2];
+    println!("median of {}: create {created:?}, with start {started:?}", times.len());
+    assert!(started.as_millis() < 200, "{started:?}");
 }
