@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod cni;
 pub mod netlink;
 pub mod netns;
+pub mod nft;
 pub mod record;
 pub mod rtnl;
 pub mod subnet;

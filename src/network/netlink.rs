@@ -109,6 +109,34 @@ impl Socket {
     }
 }
 
+impl Socket {
+    /// Sends `requests` and reads all answers there are, however many; says whether request `last` was acknowledged. For
+    /// transactions, which the kernel answers with one error for all when it fails at the end.
+    ///
+    /// # Errors
+    /// When the socket itself fails.
+    pub fn exchange(&mut self, requests: &[u8], last: u32) -> Result<(Vec<Refusal>, bool)> {
+        self.raw.send(requests, 0).act("send", "netlink batch")?;
+        let (mut refusals, mut acknowledged) = (Vec::new(), false);
+        loop {
+            self.buffer.clear();
+            self.buffer.reserve(DATAGRAM);
+            // Everything was queued when send returned.
+            match self.raw.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok((refusals, acknowledged)),
+                Err(e) => return Err(Error::io("receive netlink answer", e)),
+            }
+            for answer in Answers(&self.buffer).filter(|a| a.kind == ERROR) {
+                match answer.refusal() {
+                    Some(refusal) => refusals.push(refusal),
+                    None => acknowledged |= answer.sequence == last,
+                }
+            }
+        }
+    }
+}
+
 /// One message of a datagram.
 struct Answer<'a> {
     kind: u16,

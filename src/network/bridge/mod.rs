@@ -9,6 +9,7 @@
 
 mod ipam;
 mod link;
+mod ports;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use self::ipam::Leases;
+use self::ports::Ports;
+use super::nft::{Nft, Plan};
 use super::record::{Lease, Record, Records};
 use super::rtnl::{Batch, Rtnl};
 use super::subnet::Subnet;
@@ -66,8 +69,40 @@ struct Inner {
     layout: Layout,
     records: Records,
     leases: Mutex<Leases>,
-    /// Index of the bridge once it is made. Held while it is made or removed.
-    link: Mutex<Option<u32>>,
+    ports: Mutex<Ports>,
+    made: Mutex<Made>,
+}
+
+/// What is on the host by our doing. The lock is held while that changes.
+#[derive(Default)]
+struct Made {
+    /// Index of the bridge.
+    bridge: Option<u32>,
+    /// The nftables table is up to date.
+    table: bool,
+    /// Host ports work for 127.0.0.1.
+    localnet: bool,
+}
+
+/// Sockets that speak to the host's network, wherever the thread that holds them goes.
+struct Host {
+    rtnl: Rtnl,
+    /// Opened when first needed, which is before a thread leaves for a new namespace.
+    nft: Option<Nft>,
+}
+
+impl Host {
+    fn open() -> Result<Self> {
+        Ok(Self { rtnl: Rtnl::open()?, nft: None })
+    }
+
+    fn nft(&mut self) -> Result<&mut Nft> {
+        let nft = match self.nft.take() {
+            Some(nft) => nft,
+            None => Nft::open()?,
+        };
+        Ok(self.nft.insert(nft))
+    }
 }
 
 impl Bridge {
@@ -86,12 +121,15 @@ impl Bridge {
         };
         check_subnets(&subnets)?;
         let mut leases = Leases::new(&subnets);
+        let mut ports = Ports::default();
         for (pod, record) in all {
             if let Record::Bridge(lease) = record {
                 leases.restore(pod, &lease.addresses);
+                ports.restore(pod, ports::forwards(&lease.ports, &lease.addresses)?);
             }
         }
-        Ok(Self(Arc::new(Inner { config, layout, records, leases: Mutex::new(leases), link: Mutex::new(None) })))
+        let (leases, ports, made) = (Mutex::new(leases), Mutex::new(ports), Mutex::default());
+        Ok(Self(Arc::new(Inner { config, layout, records, leases, ports, made })))
     }
 
     /// Attaches a pod, see [`super::Network::attach`].
@@ -109,7 +147,7 @@ impl Bridge {
     /// What could not be removed.
     pub async fn detach(&self, pod: &PodId) -> Result<()> {
         let (inner, pod) = (self.0.clone(), pod.clone());
-        crate::stdx::blocking::run("detach pod from bridge", move || inner.detach(&mut Rtnl::open()?, &pod)).await
+        crate::stdx::blocking::run("detach pod from bridge", move || inner.detach(&mut Host::open()?, &pod)).await
     }
 
     /// Leases come from `subnets` from now on, also after a restart. Pods that run keep their addresses, and the bridge
@@ -121,14 +159,14 @@ impl Bridge {
         check_subnets(&subnets)?;
         let inner = self.0.clone();
         crate::stdx::blocking::run("set pod subnets", move || {
-            let mut link = lock(&inner.link);
+            let mut made = lock(&inner.made);
             if lock(&inner.leases).subnets() == subnets {
                 return Ok(());
             }
             file::write(&inner.layout.pod_cidr(), &subnets, Durability::Synced)?;
             lock(&inner.leases).set_subnets(&subnets);
-            // The next attach gives the bridge its new address.
-            *link = None;
+            // The next attach gives the bridge its new address and the table its new rules.
+            *made = Made::default();
             Ok(())
         })
         .await
@@ -141,7 +179,7 @@ impl Bridge {
     pub async fn teardown(&self) -> Result<()> {
         let inner = self.0.clone();
         crate::stdx::blocking::run("remove bridge", move || {
-            if inner.remove_if_idle(&mut Rtnl::open()?)? {
+            if inner.remove_if_idle(&mut Host::open()?)? {
                 return Ok(());
             }
             let pods: Vec<String> = lock(&inner.leases).pods().map(|p| p.short().to_owned()).collect();
@@ -153,11 +191,10 @@ impl Bridge {
 
 impl Inner {
     fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment> {
-        // Opened before this thread leaves for the new namespace: whatever comes, this socket speaks to the host.
-        let mut host = Rtnl::open()?;
+        // Opened before this thread leaves for the new namespace: whatever comes, these sockets speak to the host.
+        let mut host = Host::open()?;
         let addresses = lock(&self.leases).lease(pod)?;
-        let lease = Lease { addresses: addresses.iter().map(|(a, _)| *a).collect(), ports: Vec::new() };
-        let made = self.records.put(pod, &Record::Bridge(lease)).and_then(|()| self.make(&mut host, pod, spec, &addresses));
+        let made = self.record(pod, spec, &addresses).and_then(|()| self.make(&mut host, pod, &addresses));
         let Err(e) = made else {
             return Ok(Attachment { ips: addresses.iter().map(|(a, _)| a.to_string()).collect(), network: NAME.into(), result: None });
         };
@@ -170,41 +207,72 @@ impl Inner {
         }
     }
 
-    /// The kernel's part: namespace, interfaces, addresses.
-    fn make(&self, host: &mut Rtnl, pod: &PodId, _spec: &PodSpec, addresses: &[(IpAddr, Subnet)]) -> Result<()> {
-        let bridge = self.ensure_bridge(host)?;
+    /// Takes the host ports and writes the record.
+    fn record(&self, pod: &PodId, spec: &PodSpec, leased: &[(IpAddr, Subnet)]) -> Result<()> {
+        let addresses: Vec<IpAddr> = leased.iter().map(|(a, _)| *a).collect();
+        let ports: Vec<_> = spec.port_mappings.iter().filter(|m| m.host_port > 0).cloned().collect();
+        lock(&self.ports).take(pod, ports::forwards(&ports, &addresses)?)?;
+        self.records.put(pod, &Record::Bridge(Lease { addresses, ports }))
+    }
+
+    /// The kernel's part: rules, namespace, interfaces, addresses.
+    fn make(&self, host: &mut Host, pod: &PodId, addresses: &[(IpAddr, Subnet)]) -> Result<()> {
+        let bridge = self.ensure_host(host, pod)?;
         let pin = self.layout.netns(pod);
         netns::unshare_and_pin(&pin)?;
         let mut inside = Rtnl::open()?;
         let namespace = std::fs::File::open(&pin).act("open", pin.display())?;
         let first = addresses.first().map(|(a, _)| *a).ok_or_else(|| Error::internal("bridge has no subnet"))?;
-        link::create_pair(host, &self.config, bridge, namespace.as_fd(), first)?;
+        link::create_pair(&mut host.rtnl, &self.config, bridge, namespace.as_fd(), first)?;
         link::configure_inside(&mut inside, addresses)
     }
 
-    fn ensure_bridge(&self, host: &mut Rtnl) -> Result<u32> {
-        let mut link = lock(&self.link);
-        // Asked each time (20 µs), because someone may have removed it behind our back.
-        if let Some(index) = *link
-            && host.link(&self.config.bridge)?.is_some_and(|l| l.header.index == index)
-        {
-            return Ok(index);
+    /// Bridge, table and the pod's host ports. Returns the index of the bridge.
+    fn ensure_host(&self, host: &mut Host, pod: &PodId) -> Result<u32> {
+        let mut made = lock(&self.made);
+        let name = self.config.bridge.as_str();
+        let index = match made.bridge {
+            // Asked each time (20 µs), because someone may have removed it behind our back.
+            Some(index) if host.rtnl.link(name)?.is_some_and(|l| l.header.index == index) => index,
+            _ => {
+                made.localnet = false;
+                let subnets = lock(&self.leases).subnets();
+                link::ensure_bridge(&mut host.rtnl, &self.config, &subnets)?
+            }
+        };
+        made.bridge = Some(index);
+        let forwards = lock(&self.ports).of(pod);
+        // A table that went behind our back (`nft flush ruleset`) is noticed and made again when a pod has host ports.
+        if !made.table || (!forwards.is_empty() && !host.nft()?.add(name, &forwards)?) {
+            let subnets = lock(&self.leases).subnets();
+            let plan = Plan { bridge: name, subnets: &subnets, masquerade: self.config.ip_masq };
+            let all = lock(&self.ports).all();
+            host.nft()?.install(&plan, &all)?;
+            made.table = true;
         }
-        let subnets = lock(&self.leases).subnets();
-        let index = link::ensure_bridge(host, &self.config, &subnets)?;
-        *link = Some(index);
+        if !made.localnet && forwards.iter().any(|f| !f.target.is_ipv6()) {
+            // Only behind the table's guard.
+            link::enable(&format!("ipv4/conf/{name}/route_localnet"))?;
+            made.localnet = true;
+        }
         Ok(index)
     }
 
     /// Unpins the namespace; its end of the interface pair goes with it and takes the host's along. Asking for that explicitly
     /// would wait 30 ms for the kernel's grace periods, which it otherwise spends once for many namespaces and behind our back.
-    fn detach(&self, host: &mut Rtnl, pod: &PodId) -> Result<()> {
+    fn detach(&self, host: &mut Host, pod: &PodId) -> Result<()> {
         netns::remove(&self.layout.netns(pod))?;
         self.forget(host, pod)
     }
 
-    fn forget(&self, host: &mut Rtnl, pod: &PodId) -> Result<()> {
+    /// Frees ports and addresses.
+    fn forget(&self, host: &mut Host, pod: &PodId) -> Result<()> {
+        let forwards = lock(&self.ports).of(pod);
+        if !forwards.is_empty() {
+            host.nft()?.remove(&self.config.bridge, &forwards)?;
+        }
         self.records.remove(pod)?;
+        lock(&self.ports).release(pod);
         lock(&self.leases).release(pod);
         if self.config.cleanup_when_idle {
             self.remove_if_idle(host)?;
@@ -212,15 +280,16 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes the bridge if no pod holds a lease; says whether it did.
-    fn remove_if_idle(&self, host: &mut Rtnl) -> Result<bool> {
+    /// Removes bridge and table if no pod holds a lease; says whether it did.
+    fn remove_if_idle(&self, host: &mut Host) -> Result<bool> {
         // An attach leases first and then takes this lock, so a bridge is never removed under it.
-        let mut link = lock(&self.link);
+        let mut made = lock(&self.made);
         if !lock(&self.leases).is_empty() {
             return Ok(false);
         }
-        *link = None;
-        host.run(Batch::default().delete_link(&self.config.bridge))?;
+        *made = Made::default();
+        host.nft()?.delete(&self.config.bridge)?;
+        host.rtnl.run(Batch::default().delete_link(&self.config.bridge))?;
         Ok(true)
     }
 }
