@@ -19,7 +19,8 @@ use self::profile::Profile;
 use super::parts::{NoConfig, config};
 use super::{Cx, Entry, Isolator, linux_capabilities};
 use crate::disk::{Layout, record};
-use crate::model::container::SecurityProfile;
+use crate::model::PodId;
+use crate::model::container::{Security, SecurityProfile};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::plan::LaunchPatch;
 use crate::stdx::blocking;
@@ -66,6 +67,19 @@ impl Isolator for Seccomp {
         let granted = linux_capabilities::granted(security, &self.own)?;
         let filter = Filters::get(&self.filters, bytes, granted).await?;
         Ok(LaunchPatch { seccomp: Some(filter.oci.clone()), seccomp_bpf: Some(filter.path.clone()), ..LaunchPatch::default() })
+    }
+
+    /// Compiling takes tens of milliseconds (libseccomp copies its tables for each rule). The filter that nearly every container
+    /// wants is made in the background now, so that the first one after a boot need not wait for it.
+    async fn recover(&self, _: &[PodId]) -> Result<()> {
+        let granted = linux_capabilities::granted(&Security::default(), &self.own)?;
+        let filters = self.filters.clone();
+        tokio::spawn(async move {
+            if let Err(e) = Filters::get(&filters, RUNTIME_DEFAULT.to_vec(), granted).await {
+                tracing::warn!(error = %e, "the default seccomp profile could not be compiled ahead");
+            }
+        });
+        Ok(())
     }
 }
 
