@@ -1,3 +1,5 @@
 //! The shim: see [`mesocri::shim`].
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    mesocri::shim::main(std::env::args_os().skip(1))
+}

@@ -28,9 +28,8 @@
 //! /run/netns/mesocri-<pod, 20 hex>   pinned network namespaces (where `ip netns` finds them)
 //! ```
 
+pub mod bundle;
 pub mod layout;
-pub mod pods;
 pub mod record;
-pub mod tree;
 
 pub use layout::Layout;

@@ -1,6 +1,17 @@
 //! F3: the launcher. Writes bundles, starts shims and speaks containerd's shim protocol to them: ours by default, any other
 //! (runc's, crun through runc's, Kata, gVisor) by the pod's runtime handler.
 
+mod bundle;
+mod client;
+pub mod config;
+mod exec;
+mod foreign;
+mod pod;
+mod recover;
+mod shims;
+mod start;
+mod task;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -12,6 +23,9 @@ use crate::model::image::RootMount;
 use crate::model::plan::LaunchPlan;
 use crate::model::resources::Resources;
 use crate::model::{ContainerId, PodId};
+
+pub use config::Config;
+pub use shims::ShimLauncher;
 
 /// A running sandbox. Kept in the pod's record: with it a restarted daemon finds the shim again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

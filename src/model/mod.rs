@@ -12,6 +12,7 @@ pub mod plan;
 pub mod pod;
 pub mod reference;
 pub mod resources;
+pub mod shim;
 pub mod stats;
 
 pub use container::ContainerSpec;

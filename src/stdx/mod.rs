@@ -3,5 +3,6 @@
 #[cfg(feature = "daemon")]
 pub mod blocking;
 pub mod clock;
+pub mod crilog;
 pub mod failpoint;
 pub mod undo;

@@ -4,7 +4,9 @@
 
 pub mod bpf;
 pub mod clone;
+pub mod daemon;
 pub mod mount;
+pub mod pages;
 pub mod process;
 pub mod pty;
 pub mod random;

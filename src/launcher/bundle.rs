@@ -1,0 +1,112 @@
+//! Bundles: the directory a shim is given for a sandbox or container, with the OCI spec and what it cannot say.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use crate::disk::bundle::{self, CONFIG, Made, Of};
+use crate::model::error::{Act, Error, Result};
+use crate::model::plan::{EXTRAS_FILE, Extras, LaunchPlan};
+
+/// Makes the directory and writes the plan into it. Plain writes: a bundle is read only after this returned, and a crashed
+/// daemon throws half-made bundles away.
+///
+/// # Errors
+/// I/O errors with the path; nothing is left behind.
+pub fn write(dir: &Path, plan: &LaunchPlan) -> Result<()> {
+    let result = write_into(dir, plan);
+    if result.is_err() {
+        let _ = std::fs::remove_dir_all(dir);
+    }
+    result
+}
+
+fn write_into(dir: &Path, plan: &LaunchPlan) -> Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create bundle", dir.display())?;
+    let config = dir.join(CONFIG);
+    std::fs::write(&config, serde_json::to_vec(&plan.spec).act("encode", config.display())?).act("write", config.display())?;
+    if plan.extras != Extras::default() {
+        let extras = dir.join(EXTRAS_FILE);
+        std::fs::write(&extras, serde_json::to_vec(&plan.extras).act("encode", extras.display())?).act("write", extras.display())?;
+    }
+    // Where foreign runtimes mount the root filesystem; ours mounts inside the container's own mount namespace.
+    let rootfs = dir.join("rootfs");
+    match std::fs::create_dir(&rootfs) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(Error::io(format!("create {}", rootfs.display()), e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the directory, and what a foreign runtime left mounted in it. A bundle that is gone is fine.
+///
+/// # Errors
+/// What could not be removed.
+pub fn remove(dir: &Path) -> Result<()> {
+    let rootfs = dir.join("rootfs");
+    // Nothing mounted is the rule (EINVAL); a leftover mount must go first, or its content would be removed with the directory.
+    let flags = rustix::mount::UnmountFlags::DETACH | rustix::mount::UnmountFlags::NOFOLLOW;
+    while rustix::mount::unmount(&rootfs, flags).is_ok() {}
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove bundle {}", dir.display()), e)),
+        _ => Ok(()),
+    }
+}
+
+/// What to kill and remove for a container whose shim is gone: what the shim recorded, else the cgroup its spec names.
+///
+/// # Errors
+/// I/O errors and damaged files, with the path.
+pub fn made(dir: &Path) -> Result<Made> {
+    if let Some(made) = bundle::read(dir, Of::Task)? {
+        return Ok(made);
+    }
+    let extras: Extras = read(&dir.join(EXTRAS_FILE))?.unwrap_or_default();
+    let spec: Option<Cgroups> = read(&dir.join(CONFIG))?;
+    let path = spec.and_then(|spec| spec.linux).map(|linux| linux.cgroups_path).filter(|path| path.starts_with('/') && !extras.foreign_cgroup);
+    Ok(Made { process: None, cgroup: path })
+}
+
+#[derive(serde::Deserialize)]
+struct Cgroups {
+    linux: Option<LinuxCgroups>,
+}
+
+#[derive(serde::Deserialize)]
+struct LinuxCgroups {
+    #[serde(default, rename = "cgroupsPath")]
+    cgroups_path: String,
+}
+
+/// A JSON file; `None` when it is not there.
+///
+/// # Errors
+/// I/O errors and damaged files, with the path.
+pub fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).act("decode", path.display()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(format!("read {}", path.display()), e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_can_be_read_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("b");
+        let mut plan = LaunchPlan::default();
+        let linux = oci_spec::runtime::LinuxBuilder::default().cgroups_path("/m/x").build().unwrap();
+        plan.spec.set_linux(Some(linux));
+        write(&bundle, &plan).unwrap();
+        assert!(!bundle.join(EXTRAS_FILE).exists(), "empty extras are not written");
+        assert_eq!(made(&bundle).unwrap().cgroup.as_deref(), Some("/m/x"));
+        plan.extras.foreign_cgroup = true;
+        write(&bundle, &plan).unwrap();
+        assert_eq!(made(&bundle).unwrap().cgroup, None, "not ours to remove");
+        remove(&bundle).unwrap();
+        remove(&bundle).unwrap();
+        assert!(!bundle.exists());
+    }
+}

@@ -1,0 +1,131 @@
+//! A pod's shim as the daemon holds it: the connection, and the news of its end.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::api;
+use containerd_shim_protos::sandbox_api;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::client::Client;
+use crate::model::error::{Act, Error, Result};
+use crate::model::shim::SANDBOX_SERVICE;
+use crate::model::{ContainerId, PodId};
+use crate::stdx::crilog::LogFile;
+
+/// Who answers the pod's handler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Our shim: sandbox service, CRI logs.
+    Ours,
+    /// Another: a pause container, and the daemon writes the logs.
+    Foreign,
+}
+
+/// The shim's process.
+pub struct ShimProcess {
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl ShimProcess {
+    /// Watches process `pid`, which must be known to be the shim (it answers on its socket).
+    ///
+    /// # Errors
+    /// When there is no such process.
+    #[expect(deprecated, reason = "deprecated for types whose AsRawFd may change its answer; an OwnedFd's cannot, and the replacement is unsafe")]
+    pub fn open(pid: u32) -> Result<Self> {
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| Error::internal(format!("shim has process number {pid}")))?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty()).act("open shim process", pid)?;
+        Ok(Self { pidfd: AsyncFd::with_interest(pidfd, Interest::READABLE).act("watch shim process", pid)? })
+    }
+
+    /// Resolves when it has ended.
+    pub async fn ended(&self) {
+        // An error here means that the runtime is shutting down; then nobody waits any more.
+        let _ = self.pidfd.readable().await.map(|mut ready| ready.retain_ready());
+    }
+
+    /// Kills it and waits, within `limit`.
+    pub async fn kill(&self, limit: Duration) {
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+        let _ = tokio::time::timeout(limit, self.ended()).await;
+    }
+}
+
+/// A pod with a living shim.
+pub struct Pod {
+    /// Id.
+    pub id: PodId,
+    /// Who answers.
+    pub whose: Whose,
+    /// Handler's name as resolved.
+    pub handler: String,
+    /// The connection.
+    pub client: Client,
+    /// The shim.
+    pub shim: Arc<ShimProcess>,
+    ended: watch::Receiver<bool>,
+    /// Log pumps of foreign shims' containers.
+    pumps: Mutex<HashMap<ContainerId, Logging>>,
+}
+
+/// The daemon's part in the logging of a foreign shim's container.
+pub struct Logging {
+    /// One task per stream.
+    pub pumps: Vec<JoinHandle<()>>,
+    /// The file they share.
+    pub file: Arc<Mutex<LogFile>>,
+}
+
+impl Pod {
+    /// Takes charge of a connected shim.
+    pub fn new(id: PodId, whose: Whose, handler: String, client: Client, shim: ShimProcess) -> Arc<Self> {
+        let (tell, ended) = watch::channel(false);
+        let shim = Arc::new(shim);
+        tokio::spawn(watch_end(id.clone(), whose, client.clone(), shim.clone(), tell));
+        Arc::new(Self { id, whose, handler, client, shim, ended, pumps: Mutex::default() })
+    }
+
+    /// Resolves when the sandbox has ended.
+    pub async fn ended(&self) {
+        // An error means that the watcher ended without a word: the same news.
+        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+    }
+
+    /// The log pumps of foreign shims' containers.
+    pub fn pumps(&self) -> MutexGuard<'_, HashMap<ContainerId, Logging>> {
+        self.pumps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn watch_end(id: PodId, whose: Whose, client: Client, shim: Arc<ShimProcess>, tell: watch::Sender<bool>) {
+    let stopped = async {
+        let told = match whose {
+            Whose::Ours => {
+                let mut request = sandbox_api::WaitSandboxRequest::new();
+                request.sandbox_id = id.as_str().to_owned();
+                client.call::<sandbox_api::WaitSandboxResponse>(SANDBOX_SERVICE, "WaitSandbox", &request, None).await.map(drop)
+            }
+            Whose::Foreign => {
+                let mut request = api::WaitRequest::new();
+                request.id = id.as_str().to_owned();
+                client.task_unbounded::<api::WaitResponse>("Wait", &request).await.map(drop)
+            }
+        };
+        if told.is_err() {
+            // A broken connection is not yet a dead shim.
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = stopped => {}
+        () = shim.ended() => {}
+    }
+    tell.send_replace(true);
+}

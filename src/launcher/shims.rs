@@ -1,0 +1,273 @@
+//! [`ShimLauncher`]: the launcher that starts real shims. This file has the sandbox's life; containers are in `task.rs` and
+//! `exec.rs`, restarts in `recover.rs`, shims without a sandbox service in `foreign.rs`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api;
+use containerd_shim_protos::sandbox_api;
+
+use super::client::Client;
+use super::config::{Config, DEFAULT_HANDLER, Handler};
+use super::pod::{Pod, ShimProcess, Whose};
+use super::start::{Program, start};
+use super::{ExecOutput, ExecSpec, Launcher, Sandbox, TaskLaunch, TaskState, bundle};
+use crate::disk::Layout;
+use crate::model::error::{Act, Error, Kind, Result};
+use crate::model::plan::LaunchPlan;
+use crate::model::resources::Resources;
+use crate::model::shim::{SANDBOX_SERVICE, TASK_V3};
+use crate::model::{ContainerId, PodId};
+use crate::stdx::blocking;
+
+/// How long a shim that was told to end, or was killed, may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(5);
+/// Namespaces a sandbox may own: spec's name, file below `/proc/PID/ns`.
+const POD_NAMESPACES: [(&str, &str); 4] = [("ipc", "ipc"), ("uts", "uts"), ("network", "net"), ("pid", "pid")];
+
+/// Starts shims and speaks to them.
+pub struct ShimLauncher {
+    pub(super) config: Config,
+    pub(super) layout: Layout,
+    ours: Program,
+    pods: Mutex<HashMap<PodId, Arc<Pod>>>,
+}
+
+/// A handler, resolved.
+pub(super) enum Resolved<'a> {
+    Ours,
+    Foreign(&'a Handler),
+}
+
+impl ShimLauncher {
+    /// Copies our shim's program and checks the handlers. Starts nothing.
+    ///
+    /// # Errors
+    /// `NotFound` when our shim's program is missing; `InvalidArgument` for a handler that cannot be understood.
+    pub fn new(config: Config, layout: Layout) -> Result<Arc<Self>> {
+        let ours = Program::seal(&config.shim_program()?)?;
+        for (name, handler) in &config.handlers {
+            super::foreign::options(handler).map_err(|e| e.within(format!("runtime handler {name}")))?;
+        }
+        Ok(Arc::new(Self { config, layout, ours, pods: Mutex::default() }))
+    }
+
+    pub(super) fn resolve(&self, handler: &str) -> Result<Resolved<'_>> {
+        match self.config.handlers.get(handler) {
+            Some(found) => Ok(Resolved::Foreign(found)),
+            None if handler.is_empty() || handler == DEFAULT_HANDLER => Ok(Resolved::Ours),
+            None => Err(Error::invalid(format!("runtime handler {handler} is not configured"))),
+        }
+    }
+
+    pub(super) fn pod(&self, pod: &PodId) -> Result<Arc<Pod>> {
+        self.known(pod).ok_or_else(|| Error::new(Kind::Unavailable, format!("pod {} has no shim", pod.short())))
+    }
+
+    pub(super) fn known(&self, pod: &PodId) -> Option<Arc<Pod>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(pod).cloned()
+    }
+
+    pub(super) fn remember(&self, pod: Arc<Pod>) {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).insert(pod.id.clone(), pod);
+    }
+
+    fn forget(&self, pod: &PodId) {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(pod);
+    }
+
+    async fn sandbox(&self, id: &PodId, handler: &str, plan: &LaunchPlan) -> Result<Sandbox> {
+        let (whose, program) = match self.resolve(handler)? {
+            Resolved::Ours => (Whose::Ours, None),
+            Resolved::Foreign(handler) => (Whose::Foreign, Some(Program::Path(handler.program()?))),
+        };
+        let dir = self.layout.sandbox_bundle(id);
+        let written = plan.clone();
+        let bundle_dir = dir.clone();
+        match whose {
+            Whose::Ours => bundle::write(&dir, plan)?,
+            Whose::Foreign => {
+                let pause = self.config.clone();
+                let pod = id.clone();
+                blocking::run("write sandbox bundle", move || super::foreign::write_pause(&pause, &pod, &bundle_dir, written)).await?;
+            }
+        }
+        let limit = self.config.request_limit();
+        let started = start(program.as_ref().unwrap_or(&self.ours), id, &dir, &self.layout.shim_socket(id), limit).await?;
+        let task = if whose == Whose::Ours { TASK_V3 } else { started.task };
+        let client = Client::connect(&started.address, task, limit).await?;
+        let shim_pid = shim_pid(&client, id).await?;
+        let pod = Pod::new(id.clone(), whose, handler.to_owned(), client, ShimProcess::open(shim_pid)?);
+        // From here on the shim is found by its pod, also when a later step fails.
+        self.remember(pod.clone());
+        let pid = match whose {
+            Whose::Ours => start_sandbox(&pod, &dir, limit).await?,
+            Whose::Foreign => self.start_pause(&pod, &dir).await?,
+        };
+        let namespaces = namespaces(plan, whose, pid, shim_pid);
+        Ok(Sandbox { pid, shim_pid, address: started.address, namespaces })
+    }
+
+    /// Ends the shim: asks it, and kills it when it does not go.
+    async fn end_shim(&self, pod: &Pod) -> Result<()> {
+        let asked = match pod.whose {
+            Whose::Ours => {
+                let mut request = sandbox_api::ShutdownSandboxRequest::new();
+                request.sandbox_id = pod.id.as_str().to_owned();
+                pod.client.call::<sandbox_api::ShutdownSandboxResponse>(SANDBOX_SERVICE, "ShutdownSandbox", &request, Some(END_LIMIT)).await.map(drop)
+            }
+            Whose::Foreign => {
+                let _ = self.delete_pause(pod).await;
+                let mut request = api::ShutdownRequest::new();
+                request.id = pod.id.as_str().to_owned();
+                request.now = true;
+                pod.client.task::<api::Empty>("Shutdown", &request).await.map(drop)
+            }
+        };
+        // A connection that broke while the shim went is the answer too.
+        let refused = asked.err().filter(|e| e.kind != Kind::Unavailable);
+        if refused.is_some() || tokio::time::timeout(END_LIMIT, pod.shim.ended()).await.is_err() {
+            pod.shim.kill(END_LIMIT).await;
+        }
+        Ok(())
+    }
+}
+
+async fn start_sandbox(pod: &Pod, dir: &std::path::Path, limit: Duration) -> Result<u32> {
+    let mut create = sandbox_api::CreateSandboxRequest::new();
+    create.sandbox_id = pod.id.as_str().to_owned();
+    create.bundle_path = dir.to_string_lossy().into_owned();
+    pod.client.call::<sandbox_api::CreateSandboxResponse>(SANDBOX_SERVICE, "CreateSandbox", &create, Some(limit)).await?;
+    let mut start = sandbox_api::StartSandboxRequest::new();
+    start.sandbox_id = pod.id.as_str().to_owned();
+    let started: sandbox_api::StartSandboxResponse = pod.client.call(SANDBOX_SERVICE, "StartSandbox", &start, Some(limit)).await?;
+    Ok(started.pid)
+}
+
+pub(super) async fn shim_pid(client: &Client, pod: &PodId) -> Result<u32> {
+    let mut request = api::ConnectRequest::new();
+    request.id = pod.as_str().to_owned();
+    client.task::<api::ConnectResponse>("Connect", &request).await.map(|answer| answer.shim_pid)
+}
+
+/// Paths that join the pod's namespaces: of those the plan lists, the plan's own path or the process that holds it.
+fn namespaces(plan: &LaunchPlan, whose: Whose, pid: u32, shim_pid: u32) -> BTreeMap<String, PathBuf> {
+    let listed = plan.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref()).map(Vec::as_slice).unwrap_or_default();
+    let found = POD_NAMESPACES.iter().filter_map(|(kind, file)| {
+        let namespace = listed.iter().find(|n| n.typ().to_string() == *kind)?;
+        // Our shim lives in all of them but the process namespace, whose first process the sandbox's pid then is.
+        let holder = if whose == Whose::Ours && *kind != "pid" { shim_pid } else { pid };
+        let path = namespace.path().clone().unwrap_or_else(|| PathBuf::from(format!("/proc/{holder}/ns/{file}")));
+        Some(((*kind).to_owned(), path))
+    });
+    found.collect()
+}
+
+#[async_trait]
+impl Launcher for ShimLauncher {
+    fn handlers(&self) -> Vec<String> {
+        let named = self.config.handlers.keys().filter(|name| *name != DEFAULT_HANDLER);
+        std::iter::once(DEFAULT_HANDLER).map(str::to_owned).chain(named.cloned()).collect()
+    }
+
+    async fn create_sandbox(&self, pod: &PodId, handler: &str, plan: &LaunchPlan) -> Result<Sandbox> {
+        let result = self.sandbox(pod, handler, plan).await;
+        if result.is_err() {
+            // The first error is what the caller must see.
+            let _ = self.delete_sandbox(pod, handler, None).await;
+        }
+        result
+    }
+
+    async fn reattach(&self, pod: &PodId, handler: &str, sandbox: &Sandbox) -> Result<()> {
+        self.find_again(pod, handler, sandbox).await
+    }
+
+    async fn wait_sandbox(&self, pod: &PodId) {
+        // No shim: it has ended.
+        if let Some(pod) = self.known(pod) {
+            pod.ended().await;
+        }
+    }
+
+    async fn stop_sandbox(&self, pod: &PodId) -> Result<()> {
+        let Some(pod) = self.known(pod) else { return Ok(()) };
+        let stopped = match pod.whose {
+            Whose::Ours => {
+                let mut request = sandbox_api::StopSandboxRequest::new();
+                request.sandbox_id = pod.id.as_str().to_owned();
+                let limit = Some(self.config.request_limit());
+                pod.client.call::<sandbox_api::StopSandboxResponse>(SANDBOX_SERVICE, "StopSandbox", &request, limit).await.map(drop)
+            }
+            Whose::Foreign => self.kill_foreign_pod(&pod).await,
+        };
+        match stopped {
+            // The shim is dead; what it left is killed by the deletions that follow.
+            Err(e) if matches!(e.kind, Kind::Unavailable | Kind::NotFound) => Ok(()),
+            result => result,
+        }
+    }
+
+    async fn delete_sandbox(&self, id: &PodId, handler: &str, sandbox: Option<&Sandbox>) -> Result<()> {
+        if self.known(id).is_none()
+            && let Some(sandbox) = sandbox
+        {
+            // After a restart nobody may have asked for it yet. A shim that cannot be found has nothing to be asked.
+            let _ = self.find_again(id, handler, sandbox).await;
+        }
+        for container in self.bundled_containers(id)? {
+            self.delete_task(id, &container).await?;
+        }
+        if let Some(pod) = self.known(id) {
+            self.end_shim(&pod).await?;
+            self.forget(id);
+        }
+        self.clean_up_lost(id, handler, sandbox).await?;
+        let socket = self.layout.shim_socket(id);
+        match std::fs::remove_file(&socket) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).act("remove", socket.display())?,
+            _ => {}
+        }
+        let dir = self.layout.sandbox_bundle(id);
+        blocking::run("remove sandbox bundle", move || bundle::remove(&dir)).await
+    }
+
+    async fn create_task(&self, pod: &PodId, id: &ContainerId, launch: &TaskLaunch) -> Result<u32> {
+        self.create(&*self.pod(pod)?, id, launch).await
+    }
+
+    async fn start_task(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
+        self.start(&*self.pod(pod)?, id).await
+    }
+
+    async fn kill_task(&self, pod: &PodId, id: &ContainerId, signal: i32, all: bool) -> Result<()> {
+        self.kill(&*self.pod(pod)?, id, signal, all).await
+    }
+
+    async fn wait_task(&self, pod: &PodId, id: &ContainerId) -> Result<(i32, i64)> {
+        self.wait(&*self.pod(pod)?, id).await
+    }
+
+    async fn task_state(&self, pod: &PodId, id: &ContainerId) -> Result<TaskState> {
+        self.state(&*self.pod(pod)?, id).await
+    }
+
+    async fn delete_task(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
+        self.delete(pod, id).await
+    }
+
+    async fn update_task(&self, pod: &PodId, id: &ContainerId, resources: &Resources) -> Result<()> {
+        self.update(&*self.pod(pod)?, id, resources).await
+    }
+
+    async fn reopen_log(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
+        self.reopen(&*self.pod(pod)?, id).await
+    }
+
+    async fn exec_sync(&self, pod: &PodId, id: &ContainerId, exec: &ExecSpec) -> Result<ExecOutput> {
+        self.exec(&*self.pod(pod)?, id, exec).await
+    }
+}

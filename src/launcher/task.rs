@@ -1,0 +1,211 @@
+//! Containers inside a pod's shim.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+
+use super::pod::{Pod, Whose};
+use super::shims::ShimLauncher;
+use super::{TaskLaunch, TaskState, bundle, foreign};
+use crate::cgroups::Manager;
+use crate::model::error::{Error, Kind, Result};
+use crate::model::image::RootMount;
+use crate::model::resources::Resources;
+use crate::model::shim::{EXTRA_SERVICE, REOPEN_LOG};
+use crate::model::{ContainerId, PodId};
+use crate::stdx::blocking;
+use crate::stdx::crilog::SCHEME;
+
+/// Name of the fifo in a bundle through which a container's input comes.
+const STDIN: &str = "stdin";
+
+impl ShimLauncher {
+    pub(super) async fn create(&self, pod: &Pod, id: &ContainerId, launch: &TaskLaunch) -> Result<u32> {
+        let dir = self.layout.bundle(&pod.id, id);
+        bundle::write(&dir, &launch.plan)?;
+        let created = self.create_in(pod, id, launch, &dir).await;
+        if created.is_err() {
+            foreign::end_pumps(pod, id);
+            let _ = bundle::remove(&dir);
+        }
+        created
+    }
+
+    async fn create_in(&self, pod: &Pod, id: &ContainerId, launch: &TaskLaunch, dir: &Path) -> Result<u32> {
+        let mut request = api::CreateTaskRequest::new();
+        request.id = id.as_str().to_owned();
+        request.bundle = dir.to_string_lossy().into_owned();
+        request.rootfs = launch.rootfs.iter().map(mount).collect();
+        request.terminal = launch.io.terminal;
+        if launch.io.stdin {
+            let fifo = dir.join(STDIN);
+            super::exec::make_fifo(&fifo)?;
+            request.stdin = fifo.to_string_lossy().into_owned();
+        }
+        match pod.whose {
+            Whose::Ours => {
+                if let Some(log) = &launch.io.log {
+                    request.stdout = format!("{SCHEME}{}", log.display());
+                    request.stderr = if launch.io.terminal { String::new() } else { request.stdout.clone() };
+                }
+            }
+            Whose::Foreign => {
+                (request.stdout, request.stderr) = foreign::attach_log(pod, id, dir, &launch.io)?;
+                request.options = self.foreign_options(pod)?.into();
+            }
+        }
+        pod.client.task::<api::CreateTaskResponse>("Create", &request).await.map(|answer| answer.pid)
+    }
+
+    pub(super) async fn start(&self, pod: &Pod, id: &ContainerId) -> Result<()> {
+        let mut request = api::StartRequest::new();
+        request.id = id.as_str().to_owned();
+        pod.client.task::<api::StartResponse>("Start", &request).await.map(drop)
+    }
+
+    pub(super) async fn kill(&self, pod: &Pod, id: &ContainerId, signal: i32, all: bool) -> Result<()> {
+        let mut request = api::KillRequest::new();
+        request.id = id.as_str().to_owned();
+        request.signal = u32::try_from(signal).map_err(|_| Error::invalid(format!("signal {signal}")))?;
+        request.all = all;
+        match pod.client.task::<api::Empty>("Kill", &request).await {
+            // runc's shim says "not found" of an ended process too.
+            Err(e) if e.kind == Kind::NotFound && pod.whose == Whose::Foreign => match self.state(pod, id).await? {
+                TaskState::Gone => Err(e),
+                _ => Ok(()),
+            },
+            result => result.map(drop),
+        }
+    }
+
+    pub(super) async fn wait(&self, pod: &Pod, id: &ContainerId) -> Result<(i32, i64)> {
+        let mut request = api::WaitRequest::new();
+        request.id = id.as_str().to_owned();
+        let answer: api::WaitResponse = pod.client.task_unbounded("Wait", &request).await?;
+        if pod.whose == Whose::Foreign {
+            foreign::drain(pod, id).await;
+        }
+        Ok((code(answer.exit_status), nanoseconds(answer.exited_at.as_ref())))
+    }
+
+    pub(super) async fn state(&self, pod: &Pod, id: &ContainerId) -> Result<TaskState> {
+        let mut request = api::StateRequest::new();
+        request.id = id.as_str().to_owned();
+        let answer: api::StateResponse = match pod.client.task("State", &request).await {
+            Err(e) if e.kind == Kind::NotFound => return Ok(TaskState::Gone),
+            answer => answer?,
+        };
+        Ok(match answer.status.enum_value_or_default() {
+            api::Status::CREATED => TaskState::Created { pid: answer.pid },
+            api::Status::RUNNING | api::Status::PAUSED | api::Status::PAUSING => TaskState::Running { pid: answer.pid },
+            api::Status::STOPPED => TaskState::Exited { code: code(answer.exit_status), at: nanoseconds(answer.exited_at.as_ref()) },
+            api::Status::UNKNOWN => return Err(Error::new(Kind::Unavailable, format!("shim does not know the state of container {}", id.short()))),
+        })
+    }
+
+    pub(super) async fn delete(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
+        let dir = self.layout.bundle(pod, id);
+        let asked = match self.known(pod) {
+            Some(pod) => {
+                let asked = delete_or_kill(self, &pod, id).await;
+                foreign::end_pumps(&pod, id);
+                asked
+            }
+            None => Err(Error::new(Kind::Unavailable, format!("pod {} has no shim", pod.short()))),
+        };
+        match asked {
+            Err(e) if e.kind == Kind::Unavailable => {
+                // The shim is gone: kill what it recorded, remove the cgroup, ourselves.
+                let dir = dir.clone();
+                blocking::run("clean up lost container", move || end_made(&bundle::made(&dir)?)).await?;
+            }
+            Err(e) if e.kind == Kind::NotFound => {}
+            result => result?,
+        }
+        blocking::run("remove bundle", move || bundle::remove(&dir)).await
+    }
+
+    pub(super) async fn update(&self, pod: &Pod, id: &ContainerId, resources: &Resources) -> Result<()> {
+        match pod.whose {
+            // The cgroup is reached as well from here; the shim needs no work.
+            Whose::Ours => {
+                let made = bundle::made(&self.layout.bundle(&pod.id, id))?;
+                let path = made.cgroup.ok_or_else(|| Error::precondition(format!("container {} has no cgroup of the shim's", id.short())))?;
+                let resources = resources.clone();
+                blocking::run("update cgroup", move || Manager::open(&path)?.update(&resources)).await
+            }
+            Whose::Foreign => foreign::update(pod, id, resources).await,
+        }
+    }
+
+    pub(super) async fn reopen(&self, pod: &Pod, id: &ContainerId) -> Result<()> {
+        match pod.whose {
+            Whose::Ours => {
+                let mut request = api::StateRequest::new();
+                request.id = id.as_str().to_owned();
+                pod.client.call::<api::Empty>(EXTRA_SERVICE, REOPEN_LOG, &request, Some(self.config.request_limit())).await.map(drop)
+            }
+            Whose::Foreign => foreign::reopen(pod, id),
+        }
+    }
+
+    /// Containers that have a bundle.
+    pub(super) fn bundled_containers(&self, pod: &PodId) -> Result<Vec<ContainerId>> {
+        let dir = self.layout.run_pod(pod).join("containers");
+        let entries = match std::fs::read_dir(&dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|e| Error::io(format!("read {}", dir.display()), e))?,
+        };
+        Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).map(ContainerId::from_string).collect())
+    }
+}
+
+async fn delete_or_kill(launcher: &ShimLauncher, pod: &Arc<Pod>, id: &ContainerId) -> Result<()> {
+    let mut request = api::DeleteRequest::new();
+    request.id = id.as_str().to_owned();
+    match pod.client.task::<api::DeleteResponse>("Delete", &request).await {
+        // It runs still (runc's shim and ours word it differently, so the state is asked for).
+        Err(e) if !matches!(e.kind, Kind::NotFound | Kind::Unavailable) => {
+            if !matches!(launcher.state(pod, id).await?, TaskState::Running { .. } | TaskState::Created { .. }) {
+                return Err(e);
+            }
+            launcher.kill(pod, id, libc::SIGKILL, true).await?;
+            launcher.wait(pod, id).await?;
+            pod.client.task::<api::DeleteResponse>("Delete", &request).await.map(drop)
+        }
+        result => result.map(drop),
+    }
+}
+
+/// Kills and removes what a shim that is gone had made.
+pub(super) fn end_made(made: &crate::disk::bundle::Made) -> Result<()> {
+    if let Some(process) = &made.process {
+        process.kill()?;
+    }
+    match &made.cgroup {
+        Some(path) => {
+            let manager = Manager::open(path)?;
+            manager.kill()?;
+            manager.delete()
+        }
+        None => Ok(()),
+    }
+}
+
+fn mount(mount: &RootMount) -> api::Mount {
+    let mut wire = api::Mount::new();
+    wire.type_ = mount.fstype.clone();
+    wire.source = mount.source.clone();
+    wire.options = mount.options.clone();
+    wire
+}
+
+pub(super) fn code(status: u32) -> i32 {
+    i32::try_from(status).unwrap_or(255)
+}
+
+fn nanoseconds(time: Option<&Timestamp>) -> i64 {
+    time.map_or(0, |t| t.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(t.nanos)))
+}

@@ -1,0 +1,33 @@
+//! The one table from our errors to ttrpc status codes.
+
+use containerd_shim_protos::ttrpc::{self, Code, get_status};
+
+use crate::init::StepError;
+use crate::model::error::{Error, Kind};
+
+/// Our error as the answer to a request.
+pub fn status(error: impl Into<Error>) -> ttrpc::Error {
+    let error = error.into();
+    let code = match error.kind {
+        Kind::NotFound => Code::NOT_FOUND,
+        Kind::AlreadyExists => Code::ALREADY_EXISTS,
+        Kind::InvalidArgument => Code::INVALID_ARGUMENT,
+        Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
+        Kind::ResourceExhausted => Code::RESOURCE_EXHAUSTED,
+        Kind::Unavailable => Code::UNAVAILABLE,
+        Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+        Kind::Cancelled => Code::CANCELLED,
+        Kind::Unauthenticated => Code::UNAUTHENTICATED,
+        Kind::PermissionDenied => Code::PERMISSION_DENIED,
+        Kind::DataLoss => Code::DATA_LOSS,
+        Kind::Unimplemented => Code::UNIMPLEMENTED,
+        Kind::Internal => Code::INTERNAL,
+    };
+    ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
+}
+
+/// A failed step of init: its text says all, its errno decides the class.
+pub fn step(error: StepError) -> Error {
+    let class = Error::io("", std::io::Error::from_raw_os_error(error.errno)).kind;
+    Error::new(class, error.to_string())
+}
