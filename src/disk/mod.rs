@@ -30,6 +30,8 @@
 
 pub mod bundle;
 pub mod layout;
+pub mod pods;
 pub mod record;
+pub mod tree;
 
 pub use layout::Layout;
