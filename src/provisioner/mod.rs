@@ -1,6 +1,22 @@
 //! F3: the provisioner. Pulls images into one canonical layer store, builds root filesystems from layers, collects what
 //! nobody uses. Whoever calls (CRI, Mesos), this is the only owner of the store directory.
 
+pub mod backends;
+pub mod config;
+mod engine;
+mod gc;
+pub mod images;
+pub mod layers;
+mod leases;
+mod pull;
+pub mod pullers;
+pub mod remove;
+pub mod unpack;
+pub mod usage;
+
+pub use config::Config;
+pub use engine::Provisioner;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;

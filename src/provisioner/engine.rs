@@ -1,0 +1,281 @@
+//! The provisioner put together: what the containerizer and the fronts call.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::backends::{self, Backend};
+use super::config::{Config, Platform};
+use super::images::Images as Index;
+use super::layers::Layers;
+use super::leases::{Lease, Leases};
+use super::pull::{self, Pulls};
+use super::pullers::{archive, registry::Registries};
+use super::usage::{self, Counts};
+use super::{Images, PullEvent, PullRequest, remove};
+use crate::disk::layout::Layout;
+use crate::model::error::{Act, Error, Kind, Result};
+use crate::model::image::{FsUsage, Image, RootFs};
+use crate::model::{Digest, ImageId};
+use crate::stdx::{blocking, failpoint};
+
+/// Layers unpacked at once over all pulls, as a multiple of what one pull may do: a registry that stalls holds up to its share.
+const LAYER_SHARES: usize = 3;
+
+/// The only owner of the store.
+pub struct Provisioner {
+    inner: Arc<Inner>,
+}
+
+/// Shared by the running work.
+pub(super) struct Inner {
+    pub(super) config: Config,
+    pub(super) platform: Platform,
+    pub(super) layout: Layout,
+    pub(super) layers: Layers,
+    pub(super) images: Index,
+    pub(super) leases: Leases,
+    pub(super) registries: Registries,
+    pub(super) pulls: Pulls,
+    pub(super) pull_permits: Semaphore,
+    pub(super) layer_permits: Semaphore,
+    backend: Box<dyn Backend>,
+    counts: Counts,
+}
+
+impl Provisioner {
+    /// Opens the store, making it if it is not there.
+    ///
+    /// # Errors
+    /// When its directories cannot be used or the configured backend cannot work here.
+    pub async fn open(config: Config, layout: Layout) -> Result<Arc<Self>> {
+        blocking::run("open image store", move || {
+            let layers = Layers::open(&layout)?;
+            let pinned = |image: &Image| config.is_pinned(image.repo_tags.iter().chain(&image.repo_digests));
+            let images = Index::open(&layout, |d| layers.contains(d), pinned)?;
+            let leases = Leases::open(&layout)?;
+            let backend = backends::choose(&config.backend, &layout)?;
+            let counts = Counts::default();
+            for lease in leases.all() {
+                if let Some(dir) = &lease.rootfs.writable {
+                    counts.insert(&lease.container, dir.clone(), usage::count(dir)?);
+                }
+            }
+            let inner = Inner {
+                platform: config.platform(),
+                registries: Registries::new(&config),
+                pulls: Pulls::default(),
+                pull_permits: Semaphore::new(config.max_parallel_pulls.max(1)),
+                layer_permits: Semaphore::new(config.max_parallel_layers.max(1) * LAYER_SHARES),
+                config,
+                layout,
+                layers,
+                images,
+                leases,
+                backend,
+                counts,
+            };
+            Ok(Arc::new(Self { inner: Arc::new(inner) }))
+        })
+        .await
+    }
+}
+
+impl Inner {
+    pub(super) fn is_pinned(&self, image: &Image) -> bool {
+        self.config.is_pinned(image.repo_tags.iter().chain(&image.repo_digests))
+    }
+
+    /// Counts new layers again when the disk has them: allocation may have changed since the files were closed.
+    pub(super) fn recount_later(self: &Arc<Self>, made: Vec<Digest>) {
+        if made.is_empty() {
+            return;
+        }
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let inner = self.clone();
+            runtime.spawn_blocking(move || inner.layers.recount(&made));
+        }
+    }
+
+    /// Files of the layers that show, lowest first: a root that hides everything below ends the list.
+    fn visible(&self, layers: &[Digest]) -> Vec<PathBuf> {
+        let start = layers.iter().rposition(|d| self.layers.get(d).is_some_and(|r| r.opaque_root)).unwrap_or(0);
+        layers.iter().skip(start).map(|d| self.layers.files(d)).collect()
+    }
+
+    fn provision(&self, container: &str, image: &Image) -> Result<RootFs> {
+        let mut layers: Vec<Digest> = Vec::new();
+        for layer in &image.layers {
+            // The same layer twice adds nothing the second time, unless something between changed it; overlay refuses duplicates.
+            layers.retain(|d| *d != layer.diff_id);
+            layers.push(layer.diff_id.clone());
+        }
+        // Held before it is looked for, so that no collection comes between.
+        let _hold = self.layers.hold(layers.iter().cloned());
+        if let Some(missing) = layers.iter().find(|d| !self.layers.contains(d)) {
+            return Err(Error::not_found(format!("provision {container}: image {} is gone (layer {missing})", image.id)));
+        }
+        let dir = self.layout.rootfs(container);
+        // What an earlier attempt left has no lease and is of no use.
+        remove::tree(&dir)?;
+        super::layers::make_private(&dir)?;
+        let paths = self.visible(&layers);
+        let built = match self.backend.provision(&dir, &paths) {
+            Err(e) if e.kind == Kind::Unimplemented => {
+                tracing::info!(container, error = %e, "falling back to a copy");
+                backends::fallback().provision(&dir, &paths)
+            }
+            other => other,
+        };
+        let rootfs = match built {
+            Ok(rootfs) => rootfs,
+            Err(e) => {
+                if let Err(left) = remove::tree(&dir) {
+                    tracing::warn!(error = %left, "left behind until recovery");
+                }
+                return Err(e.within(format!("provision {container}")));
+            }
+        };
+        failpoint::hit("provision.built");
+        if let Some(writable) = &rootfs.writable {
+            self.counts.insert(container, writable.clone(), if rootfs.backend == "overlay" { usage::own(writable) } else { usage::count(writable)? });
+        }
+        self.leases.put(Lease { container: container.to_owned(), image: image.id.clone(), layers, rootfs: rootfs.clone() })?;
+        Ok(rootfs)
+    }
+
+    fn release(&self, container: &str) -> Result<()> {
+        self.counts.remove(container);
+        remove::tree(&self.layout.rootfs(container))?;
+        failpoint::hit("release.files-gone");
+        let Some(lease) = self.leases.get(container) else { return Ok(()) };
+        self.leases.remove(container)?;
+        // Layers outlive their image only by leases; as long as the image is there, nothing can have become free.
+        if self.images.resolve(lease.image.as_str()).is_none() {
+            self.collect()?;
+        }
+        Ok(())
+    }
+
+    fn recover(&self, known: &[String]) -> Result<()> {
+        let known: HashSet<&str> = known.iter().map(String::as_str).collect();
+        let mut first = Ok(());
+        let mut keep = |result: Result<()>| {
+            if first.is_ok() {
+                first = result;
+            }
+        };
+        for lease in self.leases.all().iter().filter(|l| !known.contains(l.container.as_str())) {
+            keep(self.release(&lease.container));
+        }
+        // Directories without a lease: provisioning was cut short.
+        let all = self.layout.rootfs_all();
+        for entry in std::fs::read_dir(&all).act("list", all.display())? {
+            let entry = entry.act("list", all.display())?;
+            if entry.file_name().to_str().is_none_or(|name| self.leases.get(name).is_none()) {
+                keep(remove::tree(&entry.path()));
+            }
+        }
+        keep(self.collect().map(|_| ()));
+        first
+    }
+
+    /// The store on disk: counted parts, and what lies beside them one by one.
+    fn fs_info(&self) -> Result<FsUsage> {
+        let layout = &self.layout;
+        let mut sum = usage::add(self.layers.usage(), self.counts.sum());
+        for dir in [layout.store(), layout.layers(), layout.images(), layout.leases(), layout.rootfs_all(), layout.staging()] {
+            sum = usage::add(sum, usage::own(&dir));
+        }
+        for dir in [layout.images(), layout.leases()] {
+            for entry in std::fs::read_dir(&dir).act("list", dir.display())? {
+                sum = usage::add(sum, usage::own(&entry.act("list", dir.display())?.path()));
+            }
+        }
+        for (_, writable) in self.counts.all() {
+            // Beside the writable directory: the container's own, and overlay's work directory with its one child.
+            if let Some(dir) = writable.parent() {
+                sum = [dir.to_owned(), dir.join("work"), dir.join("work/work")].iter().fold(sum, |sum, path| usage::add(sum, usage::own(path)));
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// A container id that may become a file name.
+fn check_name(container: &str) -> Result<()> {
+    let ok = !container.is_empty() && container.len() <= 200 && container.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    if ok && !container.starts_with('.') { Ok(()) } else { Err(Error::invalid(format!("container id {container:?} cannot be a file name"))) }
+}
+
+#[async_trait]
+impl Images for Provisioner {
+    async fn pull(&self, request: PullRequest, progress: Option<mpsc::UnboundedSender<PullEvent>>, cancel: CancellationToken) -> Result<ImageId> {
+        pull::pull(&self.inner, request, progress, cancel).await
+    }
+
+    async fn load(&self, archive: &Path) -> Result<Vec<ImageId>> {
+        archive::load(&self.inner, archive).await
+    }
+
+    fn list(&self) -> Vec<Arc<Image>> {
+        self.inner.images.list()
+    }
+
+    fn resolve(&self, key: &str) -> Option<Arc<Image>> {
+        self.inner.images.resolve(key)
+    }
+
+    async fn remove(&self, key: &str) -> Result<()> {
+        let (inner, key) = (self.inner.clone(), key.to_owned());
+        blocking::run("remove image", move || {
+            if inner.images.remove(&key)? {
+                failpoint::hit("remove.record-gone");
+                inner.collect()?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn fs_info(&self) -> Result<(PathBuf, FsUsage)> {
+        let inner = self.inner.clone();
+        let usage = blocking::run("count image store", move || inner.fs_info()).await?;
+        Ok((self.inner.layout.store(), usage))
+    }
+
+    async fn provision(&self, container: &str, image: &Image) -> Result<RootFs> {
+        check_name(container)?;
+        if let Some(lease) = self.inner.leases.get(container) {
+            return if lease.image == image.id {
+                Ok(lease.rootfs.clone())
+            } else {
+                Err(Error::new(Kind::AlreadyExists, format!("provision {container}: it has a root filesystem from image {}", lease.image)))
+            };
+        }
+        let (inner, container, image) = (self.inner.clone(), container.to_owned(), image.clone());
+        blocking::run("provision root filesystem", move || inner.provision(&container, &image)).await
+    }
+
+    async fn release(&self, container: &str) -> Result<()> {
+        check_name(container)?;
+        let (inner, container) = (self.inner.clone(), container.to_owned());
+        blocking::run("release root filesystem", move || inner.release(&container)).await
+    }
+
+    fn usage(&self, container: &str) -> Option<(FsUsage, i64)> {
+        self.inner.counts.get(container)
+    }
+
+    async fn recover(&self, known: &[String]) -> Result<()> {
+        let (inner, known) = (self.inner.clone(), known.to_vec());
+        blocking::run("recover image store", move || inner.recover(&known)).await
+    }
+}
+
+#[cfg(test)]
+mod tests;

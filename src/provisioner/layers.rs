@@ -1,0 +1,372 @@
+//! The layer store: one directory per diff id, whoever brought it. Layers enter by rename from staging, leave by rename into
+//! it; between the two they never change.
+//!
+//! # Durability
+//! A pull calls `syncfs` once, on the store's file system, after its last layer is unpacked, then renames all layers in and
+//! syncs the directory of layers, then the image record is written and synced. Syncing 59,000 files one by one forces the
+//! journal once per file; `syncfs` writes the same data in one go, and it also covers directories, links and attributes, which
+//! per-file syncing would need descriptors for.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::OnceCell;
+
+use super::unpack::{Expected, Source, Unpacked, unpack};
+use super::{config::Limits, remove, usage};
+use crate::disk::layout::Layout;
+use crate::disk::record::{self, Durability};
+use crate::model::Digest;
+use crate::model::error::{Act, Error, Kind, Result};
+use crate::model::image::FsUsage;
+
+/// Name of the record in a layer's directory.
+const RECORD: &str = "layer.json";
+/// Name of the files in a layer's directory.
+const FILES: &str = "fs";
+
+/// What is kept about a layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Digest of its archive.
+    pub diff_id: Digest,
+    /// Allocated bytes of its files.
+    pub bytes: u64,
+    /// Inodes of its files.
+    pub inodes: u64,
+    /// Its root hides all lower layers.
+    #[serde(default)]
+    pub opaque_root: bool,
+    /// Directories that its archive did not list, so that they have default metadata here.
+    #[serde(default)]
+    pub implied: Vec<String>,
+}
+
+/// A layer that is unpacked and verified but not yet part of the store.
+pub struct Staged {
+    name: String,
+    dir: PathBuf,
+    /// Its record, written already.
+    pub record: LayerRecord,
+    store: Weak<Shared>,
+}
+
+/// Keeps layers from being collected while a pull or a provision is under way.
+pub struct Hold {
+    ids: Vec<Digest>,
+    store: Arc<Shared>,
+}
+
+/// The store. Cheap to clone.
+#[derive(Clone)]
+pub struct Layers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    layout: Layout,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    known: HashMap<Digest, Known>,
+    holds: HashMap<Digest, usize>,
+    /// Names in staging that someone works on.
+    staging: HashSet<String>,
+    flights: HashMap<Digest, Weak<Flight>>,
+}
+
+#[derive(Clone)]
+struct Known {
+    record: Arc<LayerRecord>,
+    /// Whole directory of the layer on disk.
+    disk: FsUsage,
+}
+
+/// The one fetch of a layer that all pulls share: whoever comes first works, the others wait; if the first gives up or fails,
+/// the next one tries.
+pub type Flight = OnceCell<Arc<Staged>>;
+
+impl Layers {
+    /// Opens the store: reads the records of all layers, moves damaged ones to quarantine, sweeps staging. Blocks.
+    ///
+    /// # Errors
+    /// When the directories cannot be made or listed.
+    pub fn open(layout: &Layout) -> Result<Self> {
+        for dir in [layout.store(), layout.layers(), layout.staging()] {
+            make_private(&dir)?;
+        }
+        let mut known = HashMap::new();
+        for entry in std::fs::read_dir(layout.layers()).act("list", layout.layers().display())? {
+            let dir = entry.act("list", layout.layers().display())?.path();
+            match load(layout, &dir) {
+                Ok(record) => {
+                    let disk = disk_usage(&dir, &record);
+                    known.insert(record.diff_id.clone(), Known { record: Arc::new(record), disk });
+                }
+                Err(e) => {
+                    let moved = record::quarantine(&layout.quarantine(), &dir, &e);
+                    tracing::warn!(error = %e, "damaged layer: {moved}");
+                }
+            }
+        }
+        let state = Mutex::new(State { known, ..State::default() });
+        let this = Self { shared: Arc::new(Shared { layout: layout.clone(), state }) };
+        this.sweep_staging()?;
+        Ok(this)
+    }
+
+    /// Whether the layer is in the store.
+    pub fn contains(&self, diff_id: &Digest) -> bool {
+        self.shared.lock().known.contains_key(diff_id)
+    }
+
+    /// The record of a layer in the store.
+    pub fn get(&self, diff_id: &Digest) -> Option<Arc<LayerRecord>> {
+        self.shared.lock().known.get(diff_id).map(|k| k.record.clone())
+    }
+
+    /// Keeps these layers, present or to come, until the hold is dropped.
+    pub fn hold(&self, ids: impl IntoIterator<Item = Digest>) -> Hold {
+        let ids: Vec<_> = ids.into_iter().collect();
+        let mut state = self.shared.lock();
+        for id in &ids {
+            *state.holds.entry(id.clone()).or_default() += 1;
+        }
+        Hold { ids, store: self.shared.clone() }
+    }
+
+    /// The shared fetch of a layer.
+    pub fn flight(&self, diff_id: &Digest) -> Arc<Flight> {
+        let mut state = self.shared.lock();
+        if let Some(flight) = state.flights.get(diff_id).and_then(Weak::upgrade) {
+            return flight;
+        }
+        let flight = Arc::new(Flight::new());
+        state.flights.retain(|_, f| f.strong_count() > 0);
+        state.flights.insert(diff_id.clone(), Arc::downgrade(&flight));
+        flight
+    }
+
+    /// Unpacks a blob into staging. Blocks.
+    ///
+    /// # Errors
+    /// Those of [`unpack`].
+    pub fn stage(&self, source: Source<'_>, expected: &Expected, limits: Limits) -> Result<Staged> {
+        let mut random = [0u8; 12];
+        crate::sys::random::fill(&mut random);
+        let name: String = random.iter().map(|b| format!("{b:02x}")).collect();
+        self.shared.lock().staging.insert(name.clone());
+        let dir = self.shared.layout.staging().join(&name);
+        // From here on dropping `guard` gives the name up for sweeping.
+        let guard = StagingName { name: Some(name), store: &self.shared };
+        let result = self.fill(&dir, source, expected, limits);
+        match result {
+            Ok(record) => {
+                let name = guard.keep();
+                Ok(Staged { name, dir, record, store: Arc::downgrade(&self.shared) })
+            }
+            Err(e) => {
+                if let Err(left) = remove::tree(&dir) {
+                    tracing::warn!(error = %left, "staging is left behind until the next sweep");
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn fill(&self, dir: &std::path::Path, source: Source<'_>, expected: &Expected, limits: Limits) -> Result<LayerRecord> {
+        let root = dir.join(FILES);
+        make_private(dir)?;
+        std::fs::create_dir(&root).act("create directory", root.display())?;
+        let Unpacked { diff_id, tree, .. } = unpack(source, &root, expected, limits)?;
+        let record = LayerRecord { diff_id, bytes: tree.usage.bytes, inodes: tree.usage.inodes, opaque_root: tree.opaque_root, implied: tree.implied };
+        record::write(&dir.join(RECORD), &record, Durability::Atomic)?;
+        Ok(record)
+    }
+
+    /// Makes staged layers durable and part of the store. Those that came in meanwhile by another way are dropped. Blocks.
+    ///
+    /// # Errors
+    /// I/O failures; then none, some or all may be in the store, each whole.
+    pub fn commit(&self, staged: &[Arc<Staged>]) -> Result<()> {
+        if staged.is_empty() {
+            return Ok(());
+        }
+        let layout = &self.shared.layout;
+        let dir = std::fs::File::open(layout.staging()).act("open", layout.staging().display())?;
+        rustix::fs::syncfs(&dir).act("sync file system of", layout.staging().display())?;
+        crate::stdx::failpoint::hit("pull.layers-synced");
+        let mut spare = Vec::new();
+        {
+            let mut state = self.shared.lock();
+            for layer in staged {
+                let id = &layer.record.diff_id;
+                if state.known.contains_key(id) {
+                    spare.push(layer);
+                    continue;
+                }
+                let target = layout.layer(id);
+                // What no record knows (a crash came between) is in the way.
+                if target.exists() {
+                    std::fs::rename(&target, layout.staging().join(format!("{}-old", layer.name))).act("move away", target.display())?;
+                }
+                std::fs::rename(&layer.dir, &target).act("rename into place", target.display())?;
+                let disk = disk_usage(&target, &layer.record);
+                state.known.insert(id.clone(), Known { record: Arc::new(layer.record.clone()), disk });
+            }
+        }
+        for layer in spare {
+            // Of a shared layer that someone else moved in, nothing is left here.
+            remove::tree(&layer.dir)?;
+        }
+        record::sync_dir(&layout.layers())
+    }
+
+    /// Drops every layer that is neither in `roots` nor held; returns how many. `roots` is called under the store's lock,
+    /// so that nothing can become a root and be swept at once. Blocks.
+    ///
+    /// # Errors
+    /// I/O failures; what could not be removed is tried again by the next sweep.
+    pub fn sweep(&self, roots: impl FnOnce() -> HashSet<Digest>) -> Result<usize> {
+        let layout = &self.shared.layout;
+        let mut dropped = 0;
+        {
+            let mut state = self.shared.lock();
+            let roots = roots();
+            let dead: Vec<Digest> = state.known.keys().filter(|id| !roots.contains(*id) && !state.holds.contains_key(*id)).cloned().collect();
+            for id in dead {
+                let from = layout.layer(&id);
+                let to = layout.staging().join(format!("{}-dead", id.hex()));
+                match std::fs::rename(&from, &to) {
+                    Ok(()) => {}
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(e) => return Err(Error::io(format!("move away {}", from.display()), e)),
+                }
+                state.known.remove(&id);
+                dropped += 1;
+            }
+        }
+        self.sweep_staging()?;
+        Ok(dropped)
+    }
+
+    /// Removes what nobody works on from staging. Blocks.
+    ///
+    /// # Errors
+    /// I/O failures; the first is returned after all were tried.
+    pub fn sweep_staging(&self) -> Result<()> {
+        let staging = self.shared.layout.staging();
+        let mut first = Ok(());
+        for entry in std::fs::read_dir(&staging).act("list", staging.display())? {
+            let entry = entry.act("list", staging.display())?;
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|n| self.shared.lock().staging.contains(n)) {
+                continue;
+            }
+            let removed = remove::tree(&entry.path());
+            if first.is_ok() {
+                first = removed;
+            }
+        }
+        first
+    }
+
+    /// Counts layers anew after their data have reached the disk: allocation may differ from what it was while they were
+    /// only in memory. Blocks.
+    pub fn recount(&self, ids: &[Digest]) {
+        for id in ids {
+            let dir = self.shared.layout.layer(id);
+            if let Ok(disk) = usage::count(&dir)
+                && let Some(known) = self.shared.lock().known.get_mut(id)
+            {
+                known.disk = disk;
+            }
+        }
+    }
+
+    /// What all layers occupy on disk, their records included.
+    pub fn usage(&self) -> FsUsage {
+        self.shared.lock().known.values().fold(FsUsage::default(), |sum, k| usage::add(sum, k.disk))
+    }
+
+    /// The directory with a layer's files.
+    pub fn files(&self, diff_id: &Digest) -> PathBuf {
+        self.shared.layout.layer_fs(diff_id)
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in a critical section leaves the state half changed in a way that matters: each insert stands alone.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // The files go with the next sweep, which whoever gave up runs; here could be a thread that must not block.
+        if let Some(store) = self.store.upgrade() {
+            store.lock().staging.remove(&self.name);
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut state = self.store.lock();
+        for id in &self.ids {
+            if let Some(count) = state.holds.get_mut(id) {
+                *count -= 1;
+                if *count == 0 {
+                    state.holds.remove(id);
+                }
+            }
+        }
+    }
+}
+
+/// A name in staging that is given up unless kept.
+struct StagingName<'a> {
+    name: Option<String>,
+    store: &'a Shared,
+}
+
+impl StagingName<'_> {
+    fn keep(mut self) -> String {
+        self.name.take().unwrap_or_default()
+    }
+}
+
+impl Drop for StagingName<'_> {
+    fn drop(&mut self) {
+        if let Some(name) = &self.name {
+            self.store.lock().staging.remove(name);
+        }
+    }
+}
+
+fn load(layout: &Layout, dir: &std::path::Path) -> Result<LayerRecord> {
+    let record: LayerRecord = record::read(&dir.join(RECORD))?;
+    if layout.layer(&record.diff_id) != dir {
+        return Err(Error::new(Kind::DataLoss, format!("check layer {}: its record is that of {}", dir.display(), record.diff_id)));
+    }
+    if !dir.join(FILES).is_dir() {
+        return Err(Error::new(Kind::DataLoss, format!("check layer {}: its files are missing", dir.display())));
+    }
+    Ok(record)
+}
+
+fn disk_usage(dir: &std::path::Path, record: &LayerRecord) -> FsUsage {
+    let files = FsUsage { bytes: record.bytes, inodes: record.inodes };
+    [usage::own(dir), usage::own(&dir.join(RECORD))].into_iter().fold(files, usage::add)
+}
+
+/// A directory that nobody else may enter.
+pub fn make_private(dir: &std::path::Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create directory", dir.display())
+}

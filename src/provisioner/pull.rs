@@ -1,0 +1,377 @@
+//! One pull: resolve, fetch and unpack layers at once, make durable, commit. And the sharing of identical pulls.
+//!
+//! The work runs in a task of its own; callers wait for it. When the last one leaves, it is cancelled: the network futures are
+//! dropped, which breaks the streams off under the unpacking threads, and when those have ended, staging is swept.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::engine::Inner;
+use super::layers::{self, Hold, Staged};
+use super::pullers::manifest::{self, Descriptor, Document};
+use super::pullers::registry::{Endpoint, Served};
+use super::unpack::Expected;
+use super::{Credentials, PullEvent, PullRequest};
+use crate::model::error::{Error, Kind, Result};
+use crate::model::image::{Image, Layer};
+use crate::model::{Digest, ImageId, Reference};
+use crate::stdx::{blocking, failpoint};
+
+/// Pieces of a blob between network and unpacking; a piece is what one read of a socket gives (up to some 400 KiB).
+const PIECES: usize = 4;
+/// Nested indexes followed: an index of an index is allowed by the specification and used by nobody.
+const MAX_INDEX_DEPTH: usize = 2;
+/// Stack of an unpacking thread; decoders keep their state on the heap.
+const STACK: usize = 512 << 10;
+
+/// Identical pulls are those of one reference with the same credentials.
+type Key = (Reference, Option<Credentials>);
+
+/// Running pulls.
+#[derive(Default)]
+pub(super) struct Pulls {
+    map: Mutex<HashMap<Key, Arc<Flight>>>,
+}
+
+/// A running pull.
+struct Flight {
+    cancel: CancellationToken,
+    watchers: Mutex<Watchers>,
+    done: watch::Receiver<Option<Outcome>>,
+}
+
+/// What became of a pull, in a form that many can have.
+type Outcome = std::result::Result<ImageId, (Kind, String)>;
+
+#[derive(Default)]
+struct Watchers {
+    waiting: usize,
+    senders: Vec<mpsc::UnboundedSender<PullEvent>>,
+    /// Kept for those who join later.
+    resolved: Option<PullEvent>,
+}
+
+impl Flight {
+    fn watchers(&self) -> MutexGuard<'_, Watchers> {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: &PullEvent) {
+        let mut watchers = self.watchers();
+        watchers.senders.retain(|s| s.send(event.clone()).is_ok());
+        if matches!(event, PullEvent::Resolved { .. }) {
+            watchers.resolved = Some(event.clone());
+        }
+    }
+}
+
+/// One caller; dropping it is leaving.
+struct Waiter<'a> {
+    pulls: &'a Pulls,
+    key: Key,
+    flight: Arc<Flight>,
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        let mut map = self.pulls.lock();
+        let mut watchers = self.flight.watchers();
+        watchers.waiting -= 1;
+        if watchers.waiting == 0 {
+            self.flight.cancel.cancel();
+            // Whoever comes now starts afresh.
+            if map.get(&self.key).is_some_and(|f| Arc::ptr_eq(f, &self.flight)) {
+                map.remove(&self.key);
+            }
+        }
+    }
+}
+
+impl Pulls {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Joins the running pull of the same image, or starts one, and waits.
+pub(super) async fn pull(
+    inner: &Arc<Inner>,
+    request: PullRequest,
+    progress: Option<mpsc::UnboundedSender<PullEvent>>,
+    cancel: CancellationToken,
+) -> Result<ImageId> {
+    let key: Key = (request.reference.clone(), request.credentials.clone());
+    let flight = join(inner, &key, request, progress);
+    let mut done = flight.done.clone();
+    let waiter = Waiter { pulls: &inner.pulls, key, flight: flight.clone() };
+    tokio::select! {
+        outcome = outcome(&mut done) => outcome,
+        () = cancel.cancelled() => {
+            drop(waiter);
+            if flight.cancel.is_cancelled() {
+                // We were the last: come back when nothing is left behind.
+                let _ = outcome(&mut done).await;
+            }
+            Err(Error::new(Kind::Cancelled, "pull image: cancelled"))
+        }
+    }
+}
+
+async fn outcome(done: &mut watch::Receiver<Option<Outcome>>) -> Result<ImageId> {
+    match done.wait_for(Option::is_some).await {
+        Ok(value) => match value.as_ref() {
+            Some(Ok(id)) => Ok(id.clone()),
+            Some(Err((kind, what))) => Err(Error::new(*kind, what.clone())),
+            None => Err(Error::internal("pull image: no outcome")),
+        },
+        Err(_) => Err(Error::internal("pull image: its task ended")),
+    }
+}
+
+fn join(inner: &Arc<Inner>, key: &Key, request: PullRequest, progress: Option<mpsc::UnboundedSender<PullEvent>>) -> Arc<Flight> {
+    let mut map = inner.pulls.lock();
+    if let Some(flight) = map.get(key) {
+        let mut watchers = flight.watchers();
+        watchers.waiting += 1;
+        if let Some(sender) = progress {
+            if let Some(event) = &watchers.resolved {
+                // A receiver that is gone is noticed at the next event.
+                let _ = sender.send(event.clone());
+            }
+            watchers.senders.push(sender);
+        }
+        return flight.clone();
+    }
+    let (finished, done) = watch::channel(None);
+    let watchers = Watchers { waiting: 1, senders: progress.into_iter().collect(), resolved: None };
+    let flight = Arc::new(Flight { cancel: CancellationToken::new(), watchers: Mutex::new(watchers), done });
+    map.insert(key.clone(), flight.clone());
+    drop(map);
+    let (inner, key, running) = (inner.clone(), key.clone(), flight.clone());
+    tokio::spawn(async move {
+        let outcome = run(&inner, &request, &running).await;
+        let mut map = inner.pulls.lock();
+        if map.get(&key).is_some_and(|f| Arc::ptr_eq(f, &running)) {
+            map.remove(&key);
+        }
+        drop(map);
+        // Nobody may be waiting any more.
+        let _ = finished.send(Some(outcome.map_err(|e| (e.kind, e.to_string()))));
+    });
+    flight
+}
+
+/// The work with its cleaning up.
+async fn run(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight) -> Result<ImageId> {
+    // Counts unpacking threads; they outlive the futures that started them.
+    let threads = TaskTracker::new();
+    let result = tokio::select! {
+        result = work(inner, request, flight, &threads) => result,
+        () = flight.cancel.cancelled() => Err(Error::new(Kind::Cancelled, "pull image: cancelled")),
+    };
+    threads.close();
+    threads.wait().await;
+    if result.is_err() {
+        let inner = inner.clone();
+        // Best effort: recovery and the next collection do the same.
+        if let Err(e) = blocking::run("collect garbage", move || inner.collect()).await {
+            tracing::warn!(error = %e, "cleaning up after a failed pull");
+        }
+    } else {
+        flight.tell(&PullEvent::Committed);
+    }
+    result
+}
+
+async fn work(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight, threads: &TaskTracker) -> Result<ImageId> {
+    let reference = &request.reference;
+    let within = |e: Error| {
+        // The prefix that users look for stays in front.
+        let (kind, text) = (e.kind, e.to_string());
+        match text.strip_prefix("RegistryUnavailable: ") {
+            Some(rest) => Error::new(kind, format!("RegistryUnavailable: pull image {reference}: {rest}")),
+            None => e.within(format!("pull image {reference}")),
+        }
+    };
+    let _permit = inner.pull_permits.acquire().await.map_err(|_| Error::internal("pull image: shutting down"))?;
+    let resolved = resolve(inner, request).await.map_err(within)?;
+    flight.tell(&PullEvent::Resolved { layers: resolved.layers.iter().map(|d| (d.digest.to_string(), d.size)).collect() });
+    // From here on no collection takes layers away that were found or made for this image.
+    let hold = inner.layers.hold(resolved.diff_ids.iter().cloned());
+    let staged = fetch_layers(inner, &resolved, flight, threads).await.map_err(within)?;
+    let image = resolved.image(reference);
+    commit(inner, image, staged, hold).await.map_err(within)
+}
+
+/// A chosen image with its documents, verified.
+struct Resolved {
+    endpoint: Endpoint,
+    /// Digest of what the reference named.
+    digest: Digest,
+    config: Descriptor,
+    config_json: String,
+    configuration: crate::model::image::ImageConfig,
+    layers: Vec<Descriptor>,
+    diff_ids: Vec<Digest>,
+}
+
+impl Resolved {
+    fn image(&self, reference: &Reference) -> Image {
+        let layer = |(diff_id, blob): (&Digest, &Descriptor)| Layer { diff_id: diff_id.clone(), blob: Some(blob.digest.clone()), blob_size: blob.size };
+        Image {
+            id: ImageId::from_string(self.config.digest.as_str()),
+            repo_tags: reference.repo_tag().into_iter().collect(),
+            repo_digests: vec![reference.repo_digest(&self.digest)],
+            layers: self.diff_ids.iter().zip(&self.layers).map(layer).collect(),
+            config: self.configuration.clone(),
+            config_json: self.config_json.clone(),
+            size: 0,
+            pinned: false,
+        }
+    }
+}
+
+/// Asks one endpoint after the other. The last error counts: it is that of the registry itself, mirrors only come before it.
+async fn resolve(inner: &Inner, request: &PullRequest) -> Result<Resolved> {
+    let mut last = Error::internal("no endpoint");
+    for endpoint in inner.registries.endpoints(&request.reference, request.credentials.as_ref())? {
+        let host = endpoint.host().to_owned();
+        match resolve_at(inner, endpoint, &request.reference).await {
+            Ok(resolved) => return Ok(resolved),
+            Err(e) => {
+                tracing::debug!(endpoint = host, error = %e, "endpoint does not have it");
+                last = e;
+            }
+        }
+    }
+    Err(last)
+}
+
+async fn resolve_at(inner: &Inner, endpoint: Endpoint, reference: &Reference) -> Result<Resolved> {
+    let limits = &inner.config.limits;
+    let name = reference.digest().map(Digest::as_str).or(reference.tag()).unwrap_or("latest");
+    let Served { mut bytes, digest, mut media_type } = endpoint.manifest(name, reference.digest(), limits.manifest_bytes).await?;
+    let mut depth = 0;
+    let (config, layers) = loop {
+        match manifest::parse(&bytes, media_type.as_deref(), limits)? {
+            Document::Manifest { config, layers } => break (config, layers),
+            Document::Index(_) if depth == MAX_INDEX_DEPTH => return Err(Error::new(Kind::DataLoss, "read manifest: indexes nested too deeply")),
+            Document::Index(entries) => {
+                depth += 1;
+                let chosen = manifest::choose(&entries, &inner.platform)?;
+                let served = endpoint.manifest(chosen.digest.as_str(), Some(&chosen.digest), limits.manifest_bytes).await?;
+                if served.bytes.len() as u64 != chosen.size {
+                    return Err(Error::new(Kind::DataLoss, format!("read manifest: {} bytes, the index says {}", served.bytes.len(), chosen.size)));
+                }
+                (bytes, media_type) = (served.bytes, served.media_type);
+            }
+        }
+    };
+    let document = endpoint.small_blob(&config, limits.manifest_bytes).await?;
+    let parsed = manifest::configuration(&document, layers.len(), &inner.platform)?;
+    let config_json = String::from_utf8(document.to_vec()).map_err(|e| Error::with(Kind::DataLoss, "read image configuration", e))?;
+    Ok(Resolved { endpoint, digest, config, config_json, configuration: parsed.config, layers, diff_ids: parsed.diff_ids })
+}
+
+/// Brings every layer into the store or into staging; a diff id that occurs twice is done once.
+async fn fetch_layers(inner: &Arc<Inner>, resolved: &Resolved, flight: &Flight, threads: &TaskTracker) -> Result<Vec<Arc<layers::Flight>>> {
+    let mut seen = HashSet::new();
+    let distinct: Vec<usize> = (0..resolved.layers.len()).filter(|i| resolved.diff_ids.get(*i).is_some_and(|d| seen.insert(d))).collect();
+    let staged: Vec<Option<Arc<layers::Flight>>> = futures_util::stream::iter(distinct)
+        .map(|index| fetch_layer(inner, resolved, index, flight, threads))
+        .buffer_unordered(inner.config.max_parallel_layers.max(1))
+        .try_collect()
+        .await?;
+    Ok(staged.into_iter().flatten().collect())
+}
+
+async fn fetch_layer(inner: &Arc<Inner>, resolved: &Resolved, index: usize, flight: &Flight, threads: &TaskTracker) -> Result<Option<Arc<layers::Flight>>> {
+    let (Some(blob), Some(diff_id)) = (resolved.layers.get(index), resolved.diff_ids.get(index)) else { return Ok(None) };
+    if inner.layers.contains(diff_id) {
+        flight.tell(&PullEvent::Exists { layer: index });
+        return Ok(None);
+    }
+    let shared = inner.layers.flight(diff_id);
+    shared
+        .get_or_try_init(|| async {
+            let _permit = inner.layer_permits.acquire().await.map_err(|_| Error::internal("fetch layer: shutting down"))?;
+            let told = |bytes| flight.tell(&PullEvent::Downloaded { layer: index, bytes });
+            download(inner, &resolved.endpoint, blob, diff_id, told, threads).await.map(Arc::new)
+        })
+        .await?;
+    flight.tell(&PullEvent::Unpacked { layer: index });
+    // The flight, not only what it brought: until the commit, other pulls find the layer through it.
+    Ok(Some(shared))
+}
+
+/// Network on this task, unpacking on threads, a bounded channel between.
+async fn download(
+    inner: &Arc<Inner>,
+    endpoint: &Endpoint,
+    blob: &Descriptor,
+    diff_id: &Digest,
+    progress: impl FnMut(u64),
+    threads: &TaskTracker,
+) -> Result<Staged> {
+    let (to, mut pieces) = mpsc::channel::<Bytes>(PIECES);
+    let (ended, end) = oneshot::channel::<()>();
+    let (answer, staged) = oneshot::channel();
+    let expected = Expected { blob: Some(blob.digest.clone()), size: Some(blob.size), diff_id: Some(diff_id.clone()) };
+    let (store, limits, token) = (inner.layers.clone(), inner.config.limits, threads.token());
+    let mut end = Some(end);
+    std::thread::Builder::new()
+        .name("layer-inflate".to_owned())
+        .stack_size(STACK)
+        .spawn(move || {
+            let _token = token;
+            let source = Box::new(move || match pieces.blocking_recv() {
+                Some(piece) => Ok(Some(piece)),
+                // The channel closes both at the end and when the transfer is given up; only the former says so.
+                None => match end.take().map(oneshot::Receiver::blocking_recv) {
+                    Some(Err(_)) => Err(std::io::Error::other(Error::new(Kind::Cancelled, "fetch layer: given up"))),
+                    _ => Ok(None),
+                },
+            });
+            // Whoever asked may be gone; then the staged layer is dropped here.
+            let _ = answer.send(store.stage(source, &expected, limits));
+        })
+        .map_err(|e| Error::io("start thread", e))?;
+    match endpoint.blob(blob, to, progress).await {
+        Ok(()) => {
+            let _ = ended.send(());
+        }
+        Err(e) => {
+            drop(ended);
+            return Err(e);
+        }
+    }
+    staged.await.map_err(|_| Error::internal("unpack layer: its thread panicked"))?
+}
+
+/// Layers become durable, then visible, then the image does.
+pub(super) async fn commit(inner: &Arc<Inner>, mut image: Image, flights: Vec<Arc<layers::Flight>>, hold: Hold) -> Result<ImageId> {
+    let inner = inner.clone();
+    blocking::run("commit image", move || {
+        let _hold = hold;
+        failpoint::hit("pull.unpacked");
+        let staged: Vec<Arc<Staged>> = flights.iter().filter_map(|f| f.get().cloned()).collect();
+        inner.layers.commit(&staged)?;
+        failpoint::hit("pull.layers-in");
+        let distinct: HashSet<&Digest> = image.layers.iter().map(|l| &l.diff_id).collect();
+        let records = distinct.into_iter().map(|d| inner.layers.get(d).ok_or_else(|| Error::internal(format!("commit image: layer {d} vanished"))));
+        // An image of empty layers still is something: its record takes a block.
+        image.size = records.map(|r| r.map(|r| r.bytes)).sum::<Result<u64>>()?.max(1);
+        let image = inner.images.add(image, |i| inner.is_pinned(i))?;
+        let made: Vec<Digest> = staged.iter().map(|s| s.record.diff_id.clone()).collect();
+        drop((staged, flights));
+        inner.recount_later(made);
+        Ok(image.id.clone())
+    })
+    .await
+}
