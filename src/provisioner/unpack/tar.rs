@@ -108,7 +108,7 @@ impl<R: BufRead> Reader<R> {
     ///
     /// # Errors
     /// `DataLoss` for what is not a tar archive, or beyond the limits; I/O errors of the input.
-    pub fn next(&mut self) -> Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>> {
         self.skip(self.left + self.padding)?;
         (self.left, self.padding) = (0, 0);
         let mut extended = Extended::default();

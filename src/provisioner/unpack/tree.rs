@@ -109,7 +109,7 @@ impl Tree {
     /// # Errors
     /// `DataLoss` for names that leave the root or malformed archives, `ResourceExhausted` at a limit, I/O errors.
     pub fn apply<R: BufRead>(&mut self, archive: &mut Reader<R>, fetched: &dyn Fn() -> u64) -> Result<()> {
-        while let Some(entry) = archive.next()? {
+        while let Some(entry) = archive.next_entry()? {
             self.entries += 1;
             if self.entries > self.limits.layer_entries {
                 return Err(exhausted(format!("more than {} entries", self.limits.layer_entries)));
