@@ -6,7 +6,10 @@ use std::error::Error;
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=protos");
     #[cfg(feature = "daemon")]
-    cri()?;
+    {
+        cri()?;
+        operator()?;
+    }
     Ok(())
 }
 
@@ -24,5 +27,13 @@ fn cri() -> Result<(), Box<dyn Error>> {
         // Printed by hand in `wire::cri`, without its secrets.
         .skip_debug([".runtime.v1.AuthConfig"])
         .compile_fds(compiler.file_descriptor_set())?;
+    Ok(())
+}
+
+#[cfg(feature = "daemon")]
+fn operator() -> Result<(), Box<dyn Error>> {
+    let mut compiler = protox::Compiler::new(["protos/operator"])?;
+    compiler.include_imports(true).include_source_info(true).open_files(["protos/operator/operator.proto"])?;
+    tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

@@ -7,7 +7,7 @@
 //! | floor | modules | what |
 //! |---|---|---|
 //! | F8 | [`daemon`] (with `daemon::cli`) | the only reader of file, flags and environment; builds everything else |
-//! | F7 | [`cri`] | Kubernetes CRI v1: validates, converts, calls the containerizer, converts back |
+//! | F7 | [`cri`], [`operator`] | Kubernetes CRI v1: validates, converts, calls the containerizer, converts back; progress and imports for the operator |
 //! | F5 | [`containerizer`] | the façade the fronts call: pod actors, recovery, publishing |
 //! | F4 | [`isolators`] | one aspect of isolation per file; they describe, the launcher acts |
 //! | F3 | [`provisioner`], [`launcher`], [`network`], [`shim`] | images and root filesystems; shims; pod networks; processes |
@@ -20,7 +20,7 @@
 //!
 //! # Invariants
 //!
-//! - Nothing below F7 knows a front's protocol. `wire::cri` is named by `cri` alone.
+//! - Nothing below F7 knows a front's protocol. `wire::cri` is named by `cri` and by the client in `daemon::cli` alone.
 //! - `tokio` is not used in `sys`, `model`, `disk`, `cgroups` and `init`.
 //! - Only `daemon` reads configuration and constructs components.
 //! - State on disk is written before the act it describes, by atomic rename.
@@ -47,6 +47,8 @@ pub mod isolators;
 pub mod launcher;
 #[cfg(feature = "daemon")]
 pub mod network;
+#[cfg(feature = "daemon")]
+pub mod operator;
 #[cfg(feature = "daemon")]
 pub mod provisioner;
 #[cfg(feature = "daemon")]

@@ -1,3 +1,5 @@
-//! The daemon and the operator commands.
+//! The daemon and the operator's commands: see [`mesocri::daemon`].
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    mesocri::daemon::cli::main()
+}

@@ -1,7 +1,6 @@
 //! Reading and writing the files of a group. Every error names file and value.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -15,22 +14,14 @@ const MAX_FILE: usize = 1 << 20;
 const SHOWN_VALUE: usize = 80;
 
 /// One group on one hierarchy: a directory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Group {
     dir: PathBuf,
-    /// Open directory: with many files to read, looking names up from it saves a third of the time of each.
-    fd: Option<OwnedFd>,
 }
 
 impl Group {
     pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir, fd: None }
-    }
-
-    /// Keeps the directory open, for many reads. One that cannot be opened stays as it was: the reads will tell.
-    pub(super) fn opened(mut self) -> Self {
-        self.fd = rustix::fs::open(&self.dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok();
-        self
+        Self { dir }
     }
 
     /// The directory.
@@ -40,7 +31,7 @@ impl Group {
 
     /// A group below.
     pub(super) fn child(&self, name: &str) -> Self {
-        Self::new(self.dir.join(name))
+        Self { dir: self.dir.join(name) }
     }
 
     /// Writes `value` in one system call, as the kernel wants it.
@@ -80,12 +71,7 @@ pub struct Reader {
 impl Reader {
     /// The text of `file`; `Ok(None)` when it, or the group, does not exist (any more).
     pub(super) fn read<'a>(&'a mut self, group: &Group, file: &str) -> io::Result<Option<&'a str>> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let opened = match &group.fd {
-            Some(dir) => rustix::fs::openat(dir, file, flags, Mode::empty()),
-            None => rustix::fs::open(group.dir.join(file), flags, Mode::empty()),
-        };
-        let fd = match opened {
+        let fd = match rustix::fs::open(group.dir.join(file), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => fd,
             Err(Errno::NOENT) => return Ok(None),
             Err(e) => return Err(e.into()),

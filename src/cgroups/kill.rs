@@ -1,7 +1,7 @@
 //! Ending and suspending all processes of a group.
 //!
 //! v2 does both itself (`cgroup.kill`, `cgroup.freeze`), and a hybrid host's v2 hierarchy is used too. v1 sends SIGKILL to all
-//! until none is left, and freezes the group from the third look on, so that a fork bomb cannot outrun the loop.
+//! until none is left, and freezes the group from the second round on, so that a fork bomb cannot outrun the loop.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,13 +38,18 @@ impl Manager {
     /// `DeadlineExceeded` after ten seconds, naming processes that do not die.
     pub fn kill(&self) -> Result<()> {
         let deadline = Instant::now() + KILL_LIMIT;
+        if let Some(v2) = self.host.v2() {
+            let group = self.group(v2);
+            // Kernels before 5.14 have no cgroup.kill; the loop below does it then.
+            if matches!(group.write_if_there("cgroup.kill", "1"), Ok(true)) {
+                self.thaw_v1();
+                wait_event(&group, "populated", 0, Instant::now() + EVENT_LIMIT);
+            }
+        }
         for round in 0.. {
             let pids = self.procs_anywhere()?;
             if pids.is_empty() {
                 break;
-            }
-            if round == 0 && self.kill_by_v2() {
-                continue;
             }
             if Instant::now() >= deadline {
                 let some: Vec<String> = pids.iter().take(5).map(u32::to_string).collect();
@@ -53,7 +58,7 @@ impl Manager {
                     format!("kill cgroup {}: {} processes do not die, among them {}", self.path, pids.len(), some.join(" ")),
                 ));
             }
-            if round == 2 {
+            if round == 1 {
                 let _ = self.freeze();
             }
             let killed = kill_all(&pids);
@@ -64,17 +69,6 @@ impl Manager {
             wait_gone(&killed, deadline);
         }
         Ok(())
-    }
-
-    /// The kernel's own way, on v2 also of a hybrid host. Says whether it was there (from 5.14 on).
-    fn kill_by_v2(&self) -> bool {
-        let Some(group) = self.host.v2().map(|h| self.group(h)) else { return false };
-        if !matches!(group.write_if_there("cgroup.kill", "1"), Ok(true)) {
-            return false;
-        }
-        self.thaw_v1();
-        wait_event(&group, "populated", 0, Instant::now() + EVENT_LIMIT);
-        true
     }
 
     /// Suspends all processes; returns when they stand still.

@@ -265,7 +265,6 @@ impl Manager {
 
     fn create_in(&self, hierarchy: &Hierarchy, made: &mut Vec<PathBuf>) -> Result<()> {
         let dir = hierarchy.dir(&self.path);
-        let before = made.len();
         let mut tries = 0;
         loop {
             match self.make_dirs(hierarchy, made)? {
@@ -275,7 +274,7 @@ impl Manager {
             }
         }
         if hierarchy.version == Version::V1 && hierarchy.controllers.contains(&Controller::Cpuset) {
-            controllers::cpuset::inherit(hierarchy, &dir, made.len() > before, &mut Reader::default())?;
+            controllers::cpuset::inherit(hierarchy, &dir, &mut Reader::default())?;
         }
         Ok(())
     }
@@ -284,14 +283,14 @@ impl Manager {
     /// itself is tried first: its parent is nearly always there.
     fn make_dirs(&self, hierarchy: &Hierarchy, made: &mut Vec<PathBuf>) -> Result<Made> {
         let dir = hierarchy.dir(&self.path);
-        let mut reader = Reader::default();
-        let enable = hierarchy.version == Version::V2 && !hierarchy.controllers.is_empty() && !enabled_above(hierarchy, &dir, &mut reader);
+        let enable = hierarchy.version == Version::V2 && !hierarchy.controllers.is_empty();
         if !enable {
             match make_dir(&dir, made)? {
                 Made::All => return Ok(Made::All),
                 Made::ParentVanished => {}
             }
         }
+        let mut reader = Reader::default();
         let mut at = hierarchy.root.clone();
         for part in self.path.relative().split('/') {
             if enable {
@@ -353,14 +352,6 @@ fn remove_marked_parents(hierarchy: &Hierarchy, dir: &Path) {
     }
 }
 
-/// Whether the group above `dir` has everything switched on that the hierarchy offers; then those above it have too.
-fn enabled_above(hierarchy: &Hierarchy, dir: &Path, reader: &mut Reader) -> bool {
-    let Some(parent) = dir.parent() else { return false };
-    let text = reader.read(&Group::new(parent.to_owned()), "cgroup.subtree_control").ok().flatten().unwrap_or("");
-    let enabled = super::host::parse_v2_controllers(text);
-    hierarchy.controllers.iter().all(|c| enabled.contains(c))
-}
-
 /// Switches on, for the groups below `group`, every controller we know and that it has. One that cannot be switched on is left:
 /// if a limit needs it, the write of the limit fails and names the file.
 fn enable_controllers(group: &Group, reader: &mut Reader) -> Result<()> {
@@ -413,10 +404,7 @@ pub(super) fn collect(group: &Group, reader: &mut Reader, pids: &mut Vec<u32>, d
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
         Err(e) => return Err(Error::io(format!("read {}", group.dir().join("cgroup.procs").display()), e)),
     }
-    // A directory has one link for itself, one for its name and one for each directory in it: most groups have no sub-groups,
-    // and need not be listed.
-    let leaf = rustix::fs::stat(group.dir()).is_ok_and(|s| s.st_nlink == 2);
-    if leaf || depth >= MAX_DEPTH {
+    if depth >= MAX_DEPTH {
         return Ok(());
     }
     for name in sub_groups(group.dir())? {

@@ -253,13 +253,12 @@ impl Owner {
     /// The shim is dead: nothing in the pod can be alive, or it is killed now.
     async fn apply_death(&mut self, why: String) {
         let open: Vec<_> = self.slots.iter().filter(|(_, s)| !s.has_exited()).map(|(id, _)| id.clone()).collect();
-        // Before the ends are published: whatever outlived its shim must not outlive that.
-        let deletions = open.iter().map(async |id| {
+        for id in &open {
+            // Before the end is published: whatever outlived its shim must not outlive that.
             if let Err(error) = self.parts.limited("delete task", self.parts.launcher.delete_task(&self.pod.id, id)).await {
                 tracing::warn!(container = %id, %error, "remains of a container could not be deleted, its removal tries again");
             }
-        });
-        join_all(deletions).await;
+        }
         if let Some(sandbox) = &self.pod.sandbox {
             let (launcher, pod) = (&self.parts.launcher, &self.pod);
             if let Err(error) = self.parts.limited("delete sandbox", launcher.delete_sandbox(&pod.id, &pod.spec.runtime_handler, Some(sandbox))).await {

@@ -8,7 +8,7 @@ use super::admit::{self, Ask};
 use super::lane::Job;
 use super::owner::Owner;
 use super::parts::{Parts, Reply, copy, refuse_all};
-use super::slot::{Slot, Task};
+use super::slot::Task;
 use super::{Container, Pod, create};
 use crate::disk::pods;
 use crate::model::error::{Error, Result};
@@ -114,13 +114,11 @@ impl Owner {
     }
 
     async fn advance_ending(&mut self) {
-        // A start under way is killed too: it may hang.
-        let open = |s: &Slot| s.is_running() || s.starting.is_some();
-        let running: Vec<_> = self.slots.iter().filter(|(_, s)| open(s) && !s.killing && !s.unkillable).map(|(id, _)| id.clone()).collect();
+        let running: Vec<_> = self.slots.iter().filter(|(_, s)| s.is_running() && !s.killing && !s.unkillable).map(|(id, _)| id.clone()).collect();
         for id in running {
             self.kill(&id);
         }
-        let quiet = self.slots.values().all(|s| (!open(s) || s.unkillable) && s.task != Task::Deleting);
+        let quiet = self.slots.values().all(|s| (!s.is_running() || s.unkillable) && s.starting.is_none() && s.task != Task::Deleting);
         if !quiet || !self.lane.is_idle() {
             return;
         }
@@ -188,10 +186,6 @@ impl Owner {
 
     /// With the sandbox every process is gone, also those whose exit nobody could report.
     async fn end_remaining(&mut self) {
-        for slot in self.slots.values_mut() {
-            // A start that still hangs has nothing left to start.
-            slot.starting = None;
-        }
         let open: Vec<_> = self.slots.values().filter(|s| !s.has_exited()).map(|s| s.container.clone()).collect();
         for container in open {
             let now = clock::now_ns();

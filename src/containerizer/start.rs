@@ -60,7 +60,7 @@ impl Owner {
     /// A start has ended.
     pub(super) async fn started(&mut self, id: ContainerId, result: Result<()>, reply: Reply<()>) {
         let Some(running) = self.slots.get_mut(&id).and_then(|slot| slot.starting.take()) else {
-            return drop(reply.send(Err(Error::precondition(format!("start container {id}: its pod was stopped meanwhile")))));
+            return drop(reply.send(Err(Error::not_found(format!("start container {id}: no such container")))));
         };
         match &result {
             Ok(()) => {

@@ -34,6 +34,7 @@ use tokio::net::UnixListener;
 use tokio::sync::OnceCell;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
 
 use crate::containerizer::{Container, Engine, Pod};
@@ -64,11 +65,13 @@ pub enum CgroupDriver {
 pub struct Config {
     /// Name in Version; becomes the scheme of container ids in pod status.
     pub runtime_name: String,
-    /// Announced to the kubelet; must be what the isolators use.
+    /// Announced to the kubelet; the daemon takes it from the cgroups isolator, so that there is one place to set it.
+    #[serde(skip)]
     pub cgroup_driver: CgroupDriver,
     /// Whether read-only mounts can be made so with everything below them (Linux 5.12): announced, and required for requests.
     pub recursive_read_only: bool,
     /// State directory of the daemon; verbose Status names it and conformance tests probe its file system.
+    #[serde(skip)]
     pub state_dir: PathBuf,
 }
 
@@ -121,20 +124,28 @@ fn named(id: &str) -> Result<&str> {
     if id.is_empty() { Err(Error::invalid("the request names no id")) } else { Ok(id) }
 }
 
-/// Answers the CRI on `listener` until `shutdown`.
+/// Answers the CRI on `listener` until `shutdown`. `beside` may add services of other fronts to the same socket.
 ///
 /// # Errors
 /// When the transport fails.
-pub async fn serve(config: Config, engine: Arc<dyn Engine>, listener: UnixListener, shutdown: CancellationToken) -> Result<()> {
+pub async fn serve(
+    config: Config,
+    engine: Arc<dyn Engine>,
+    listener: UnixListener,
+    shutdown: CancellationToken,
+    beside: impl FnOnce(&mut RoutesBuilder),
+) -> Result<()> {
     let gate = readiness::Gate::new(engine.clone());
     let front = Arc::new(Front::new(config, engine, shutdown.clone()));
     let runtime = RuntimeServiceServer::from_arc(front.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
     let images = ImageServiceServer::from_arc(front).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let mut routes = RoutesBuilder::default();
+    routes.add_service(runtime).add_service(images);
+    beside(&mut routes);
     let server = Server::builder()
         .layer(v1alpha2::Rename)
         .layer(gate)
-        .add_service(runtime)
-        .add_service(images)
+        .add_routes(routes.routes())
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown.clone().cancelled_owned());
     let bounded = async {
         shutdown.cancelled().await;

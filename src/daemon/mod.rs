@@ -1,1 +1,8 @@
-//! F8: the daemon and the operator's commands: the only reader of file, flags and environment.
+//! F8: the daemon and the operator's commands: the only reader of file, flags and environment, and the only constructor of
+//! components.
+
+pub mod cli;
+pub mod config;
+pub mod flags;
+mod serve;
+mod telemetry;

@@ -9,8 +9,7 @@ use crate::cgroups::file::Group;
 use crate::cgroups::host::Controller;
 use crate::model::error::Result;
 
-pub(super) const BLKIO: Row =
-    Row { controller: Controller::Blkio, wanted, required: true, apply_v1, apply_v2, counts: false, stats_v1: none::stats, stats_v2: none::stats };
+pub(super) const BLKIO: Row = Row { controller: Controller::Blkio, wanted, required: true, apply_v1, apply_v2, stats_v1: none::stats, stats_v2: none::stats };
 
 /// v1 file, key in the v2 file `io.max`, and the list in the specification.
 type Throttle<'a> = (&'static str, &'static str, &'a Option<Vec<LinuxThrottleDevice>>);

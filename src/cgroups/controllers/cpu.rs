@@ -13,10 +13,7 @@ use crate::cgroups::host::Controller;
 use crate::model::error::Result;
 use crate::model::stats::CgroupStats;
 
-/// `USER_HZ` is 100 on every architecture that matters.
-const NANOS_PER_TICK: u64 = 10_000_000;
-
-pub(super) const CPU: Row = Row { controller: Controller::Cpu, wanted, required: true, apply_v1, apply_v2, counts: true, stats_v1, stats_v2: none::stats };
+pub(super) const CPU: Row = Row { controller: Controller::Cpu, wanted, required: true, apply_v1, apply_v2, stats_v1, stats_v2: none::stats };
 
 /// Only counts; on v2 it is the core's `cpu.stat`, which exists without the cpu controller.
 pub(super) const CPUACCT: Row = Row {
@@ -25,7 +22,6 @@ pub(super) const CPUACCT: Row = Row {
     required: false,
     apply_v1: none::apply,
     apply_v2: none::apply,
-    counts: true,
     stats_v1: stats_cpuacct,
     stats_v2,
 };
@@ -150,17 +146,8 @@ fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
 
 fn stats_cpuacct(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
     stats.cpu_usage = reader.number(group, "cpuacct.usage");
-    // In ticks of 10 ms, but both in one file; the exact ones (`usage_user`, `usage_sys`) are two more to open.
-    if let Ok(Some(text)) = reader.read(group, "cpuacct.stat") {
-        for (key, ticks) in keys(text) {
-            let nanos = Some(ticks.saturating_mul(NANOS_PER_TICK));
-            match key {
-                "user" => stats.cpu_user = nanos,
-                "system" => stats.cpu_system = nanos,
-                _ => {}
-            }
-        }
-    }
+    stats.cpu_user = reader.number(group, "cpuacct.usage_user");
+    stats.cpu_system = reader.number(group, "cpuacct.usage_sys");
 }
 
 fn stats_v2(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {

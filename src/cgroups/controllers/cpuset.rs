@@ -9,16 +9,8 @@ use crate::cgroups::file::{Group, Reader};
 use crate::cgroups::host::{Controller, Hierarchy};
 use crate::model::error::Result;
 
-pub(super) const CPUSET: Row = Row {
-    controller: Controller::Cpuset,
-    wanted,
-    required: true,
-    apply_v1: apply,
-    apply_v2: apply,
-    counts: false,
-    stats_v1: none::stats,
-    stats_v2: none::stats,
-};
+pub(super) const CPUSET: Row =
+    Row { controller: Controller::Cpuset, wanted, required: true, apply_v1: apply, apply_v2: apply, stats_v1: none::stats, stats_v2: none::stats };
 
 fn said(list: Option<&String>) -> Option<&str> {
     list.map(String::as_str).filter(|l| !l.is_empty())
@@ -42,18 +34,21 @@ fn apply(group: &Group, r: &LinuxResources) -> Result<()> {
     Ok(())
 }
 
-/// v1: gives an empty group at `dir` the lists of its parent, and the parent those of its own when it is empty too. `fresh`: it
-/// was made a moment ago and is empty for sure.
-pub(in crate::cgroups) fn inherit(hierarchy: &Hierarchy, dir: &Path, fresh: bool, reader: &mut Reader) -> Result<()> {
-    let Some(parent) = dir.parent().filter(|_| hierarchy.holds(dir)) else { return Ok(()) };
-    let (group, above) = (Group::new(dir.to_owned()), Group::new(parent.to_owned()));
+/// v1: gives an empty group at `dir` the lists of its parent, and the parent those of its own when it is empty too.
+pub(in crate::cgroups) fn inherit(hierarchy: &Hierarchy, dir: &Path, reader: &mut Reader) -> Result<()> {
+    if !hierarchy.holds(dir) {
+        return Ok(());
+    }
+    let group = Group::new(dir.to_owned());
     for file in ["cpuset.cpus", "cpuset.mems"] {
-        if !fresh && !reader.must(&group, file)?.trim().is_empty() {
+        if !reader.must(&group, file)?.trim().is_empty() {
             continue;
         }
+        let Some(parent) = dir.parent() else { continue };
+        let above = Group::new(parent.to_owned());
         let mut list = reader.must(&above, file)?.trim().to_owned();
         if list.is_empty() {
-            inherit(hierarchy, parent, false, reader)?;
+            inherit(hierarchy, parent, reader)?;
             reader.must(&above, file)?.trim().clone_into(&mut list);
         }
         group.write(file, &list)?;

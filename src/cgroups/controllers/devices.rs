@@ -12,7 +12,7 @@ use crate::model::error::{Act, Error, Result};
 use crate::sys::bpf::{self, Insn};
 
 pub(super) const DEVICES: Row =
-    Row { controller: Controller::Devices, wanted, required: true, apply_v1, apply_v2, counts: false, stats_v1: none::stats, stats_v2: none::stats };
+    Row { controller: Controller::Devices, wanted, required: true, apply_v1, apply_v2, stats_v1: none::stats, stats_v2: none::stats };
 
 /// Name of our program, to find the old one when the rules change (`BPF_OBJ_NAME_LEN` allows 15 bytes).
 const PROGRAM: &str = "mesocri_dev";

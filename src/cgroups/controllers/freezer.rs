@@ -9,7 +9,6 @@ pub(super) const FREEZER: Row = Row {
     required: false,
     apply_v1: none::apply,
     apply_v2: none::apply,
-    counts: false,
     stats_v1: none::stats,
     stats_v2: none::stats,
 };

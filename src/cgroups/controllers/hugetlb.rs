@@ -8,7 +8,7 @@ use crate::cgroups::host::Controller;
 use crate::model::error::{Error, Result};
 
 pub(super) const HUGETLB: Row =
-    Row { controller: Controller::Hugetlb, wanted, required: false, apply_v1, apply_v2, counts: false, stats_v1: none::stats, stats_v2: none::stats };
+    Row { controller: Controller::Hugetlb, wanted, required: false, apply_v1, apply_v2, stats_v1: none::stats, stats_v2: none::stats };
 
 fn wanted(r: &LinuxResources) -> bool {
     r.hugepage_limits().as_ref().is_some_and(|l| !l.is_empty())

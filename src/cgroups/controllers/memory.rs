@@ -11,7 +11,7 @@ use crate::cgroups::host::{Controller, Version};
 use crate::model::error::{Error, Result};
 use crate::model::stats::CgroupStats;
 
-pub(super) const MEMORY: Row = Row { controller: Controller::Memory, wanted, required: true, apply_v1, apply_v2, counts: true, stats_v1, stats_v2 };
+pub(super) const MEMORY: Row = Row { controller: Controller::Memory, wanted, required: true, apply_v1, apply_v2, stats_v1, stats_v2 };
 
 const LIMIT: &str = "memory.limit_in_bytes";
 const MEMSW: &str = "memory.memsw.limit_in_bytes";
@@ -135,14 +135,14 @@ fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
     stats.memory_kernel = reader.number(group, "memory.kmem.usage_in_bytes");
     let memsw = reader.number(group, "memory.memsw.usage_in_bytes");
     stats.swap_usage = memsw.zip(usage).map(|(both, memory)| both.saturating_sub(memory));
+    if stats.swap_usage.is_some() {
+        let room = limit_of(reader.number(group, MEMSW)).zip(stats.memory_limit).map(|(both, memory)| both.saturating_sub(memory));
+        stats.swap_available = room.zip(stats.swap_usage).map(|(room, used)| room.saturating_sub(used));
+    }
     stats.oom_kills = oom_kills(group, Version::V1, reader);
     if let Ok(Some(text)) = reader.read(group, "memory.stat") {
-        let (mut limit, mut memsw_limit) = (None, None);
         for (key, value) in keys(text) {
             let field = match key {
-                // What holds here, by this group or one above: saves opening the memsw limit.
-                "hierarchical_memory_limit" => &mut limit,
-                "hierarchical_memsw_limit" => &mut memsw_limit,
                 "total_rss" => &mut stats.memory_rss,
                 "total_cache" => &mut stats.memory_cache,
                 "total_mapped_file" => &mut stats.memory_mapped_file,
@@ -156,8 +156,6 @@ fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
             };
             *field = Some(value);
         }
-        let room = limit_of(memsw_limit).zip(limit_of(limit)).map(|(both, memory)| both.saturating_sub(memory));
-        stats.swap_available = room.zip(stats.swap_usage).map(|(room, used)| room.saturating_sub(used));
     }
 }
 

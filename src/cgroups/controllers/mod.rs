@@ -18,7 +18,7 @@ pub mod unified;
 use oci_spec::runtime::LinuxResources;
 
 use super::file::{Group, Reader};
-use super::host::{Controller, Hierarchy, Version};
+use super::host::{Controller, Version};
 use super::manager::Manager;
 use crate::model::error::{Error, Kind, Result};
 use crate::model::stats::CgroupStats;
@@ -37,8 +37,6 @@ pub(super) struct Row {
     apply_v1: fn(&Group, &LinuxResources) -> Result<()>,
     /// Writes the settings through the v2 files.
     apply_v2: fn(&Group, &LinuxResources) -> Result<()>,
-    /// Whether there is anything to read.
-    counts: bool,
     /// Reads what v1 counts.
     stats_v1: fn(&Group, &mut Reader, &mut CgroupStats),
     /// Reads what v2 counts.
@@ -92,23 +90,14 @@ pub(super) fn apply(manager: &Manager, resources: &LinuxResources) -> Result<()>
 pub(super) fn stats(manager: &Manager) -> Result<CgroupStats> {
     let mut stats = CgroupStats { at: crate::stdx::clock::now_ns(), ..CgroupStats::default() };
     let mut reader = Reader::default();
-    // Rows of one hierarchy (all of them on v2) share the open directory.
-    let mut at: Option<(&Hierarchy, Group)> = None;
-    for row in ROWS.iter().filter(|row| row.counts) {
-        let Some(hierarchy) = manager.host.locate(row.controller) else { continue };
-        let group = match at.take() {
-            Some((same, group)) if std::ptr::eq(same, hierarchy) => group,
-            _ => manager.group(hierarchy).opened(),
-        };
-        let gather = if hierarchy.version == Version::V1 { row.stats_v1 } else { row.stats_v2 };
-        gather(&group, &mut reader, &mut stats);
-        at = Some((hierarchy, group));
+    for row in ROWS {
+        if let Some(hierarchy) = manager.host.locate(row.controller) {
+            let gather = if hierarchy.version == Version::V1 { row.stats_v1 } else { row.stats_v2 };
+            gather(&manager.group(hierarchy), &mut reader, &mut stats);
+        }
     }
-    // A hybrid host could tell too, but nobody expects pressure from v1, and three more files cost a sixth of the sample.
-    if manager.host.is_pure_v2()
-        && let Some((_, group)) = &at
-    {
-        pressure::stats(group, &mut reader, &mut stats);
+    if let Some(v2) = manager.host.v2() {
+        pressure::stats(&manager.group(v2), &mut reader, &mut stats);
     }
     if stats.cpu_usage.is_none() && stats.memory_usage.is_none() && stats.pids.is_none() && !manager.exists() {
         return Err(Error::not_found(format!("read statistics of cgroup {}", manager.path)));

@@ -8,8 +8,7 @@ use crate::cgroups::host::Controller;
 use crate::model::error::Result;
 use crate::model::stats::CgroupStats;
 
-pub(super) const PIDS: Row =
-    Row { controller: Controller::Pids, wanted, required: true, apply_v1: apply, apply_v2: apply, counts: true, stats_v1: stats, stats_v2: stats };
+pub(super) const PIDS: Row = Row { controller: Controller::Pids, wanted, required: true, apply_v1: apply, apply_v2: apply, stats_v1: stats, stats_v2: stats };
 
 /// Zero is "not said", as everywhere; the specification gives it no meaning of its own.
 fn wanted(r: &LinuxResources) -> bool {

@@ -221,21 +221,3 @@ async fn creations_queued_behind_a_slow_one_are_refused_when_the_pod_is_stopped(
     bench.engine.remove_pod(pod.as_str()).await.unwrap();
     bench.assert_empty();
 }
-
-#[tokio::test]
-async fn a_hung_start_does_not_stop_the_pod_from_being_removed() {
-    let bench = Bench::new();
-    let pod = bench.pod("a").await;
-    let id = bench.created(&pod, "c").await;
-    bench.world.hold("start_task");
-    let start = tokio::spawn({
-        let engine = bench.engine.clone();
-        async move { engine.start_container(id.as_str()).await }
-    });
-    bench.world.reached("start_task", 1).await;
-    bench.engine.stop_pod(pod.as_str()).await.unwrap();
-    bench.engine.remove_pod(pod.as_str()).await.unwrap();
-    bench.assert_empty();
-    bench.world.open("start_task");
-    assert!(start.await.unwrap().is_err());
-}

@@ -1,5 +1,3 @@
-//! The rules as lines, and the program against a plain statement of what the rules mean.
-
 use proptest::prelude::*;
 
 use super::*;

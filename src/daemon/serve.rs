@@ -1,0 +1,150 @@
+//! The daemon, wired top to bottom in one readable function: directories and lock, components, socket, recovery, serving.
+//!
+//! There is no clean-shutdown path: on SIGTERM the daemon stops listening and leaves; shims and containers stay. A start after
+//! SIGTERM and one after SIGKILL are the same.
+
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::config::Config;
+use crate::containerizer::{Containerizer, Engine};
+use crate::disk::{Layout, record};
+use crate::isolators::{Deps, Isolators};
+use crate::launcher::ShimLauncher;
+use crate::model::error::{Act as _, Error, Kind, Result};
+use crate::provisioner::{Images, Provisioner};
+
+/// Format number of the tree below `root`.
+const TREE_VERSION: &str = "1\n";
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting, or the socket's failure.
+pub async fn run(config: Config) -> Result<()> {
+    config.check()?;
+    let layout = config.layout();
+    prepare_tree(&layout)?;
+    let _lock = lock(&layout)?;
+
+    let provisioner = Provisioner::open(config.provisioner.clone(), layout.clone()).await?;
+    let images: Arc<dyn Images> = provisioner;
+    let launcher = ShimLauncher::new(config.launcher.clone(), layout.clone())?;
+    let network = crate::network::build(config.network.clone(), layout.clone()).await?;
+    let deps = Deps { layout: layout.clone(), network: network.clone() };
+    let isolators = Isolators::build(&config.isolation, &config.isolator, &deps)?;
+    tracing::info!(isolators = ?isolators.names(), root = %layout.root.display(), "components are built");
+    let containerizer = Containerizer::new(config.containerizer.clone(), layout.clone(), images, launcher, isolators, network);
+
+    let listener = listen(&config.socket())?;
+    let shutdown = CancellationToken::new();
+    let engine: Arc<dyn Engine> = containerizer.clone();
+    let operator = crate::operator::service(engine.clone());
+    let server = tokio::spawn(crate::cri::serve(cri_config(&config)?, engine, listener, shutdown.clone(), move |routes| {
+        routes.add_service(operator);
+    }));
+    tracing::info!(socket = %config.socket().display(), "listening; calls answer Unavailable until recovery is done");
+
+    let mut terminate = signal(SignalKind::terminate()).act("watch", "SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).act("watch", "SIGINT")?;
+    let recovery = async {
+        containerizer.recover().await?;
+        tracing::info!("ready");
+        notify_systemd();
+        Ok::<_, Error>(())
+    };
+    tokio::select! {
+        done = recovery => done?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        ended = server => return ended.unwrap_or_else(|e| Err(Error::with(Kind::Internal, "serve the CRI", e))),
+    }
+    tracing::info!("stopping; containers keep running");
+    shutdown.cancel();
+    Ok(())
+}
+
+/// What the CRI front announces of other components is taken from their own configuration.
+fn cri_config(config: &Config) -> Result<crate::cri::Config> {
+    let mut cri = config.cri.clone();
+    cri.state_dir.clone_from(&config.state);
+    if let Some(driver) = config.isolator.get("cgroups").and_then(|t| t.get("driver")) {
+        cri.cgroup_driver = driver.clone().try_into().map_err(|e| Error::invalid(format!("read isolator.cgroups.driver: {e}")))?;
+    }
+    Ok(cri)
+}
+
+/// Makes both roots, owner-only, and checks the tree's version.
+fn prepare_tree(layout: &Layout) -> Result<()> {
+    for dir in [&layout.root, &layout.state] {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create directory", dir.display())?;
+        // It may have existed with another mode (attack case 24: world-readable state).
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).act("set the mode of", dir.display())?;
+    }
+    for dir in [layout.store(), layout.layers(), layout.images(), layout.staging(), layout.leases(), layout.rootfs_all(), layout.pods(), layout.networks()] {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).act("create directory", dir.display())?;
+    }
+    for dir in [layout.shims(), layout.run_pods(), layout.seccomp()] {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).act("create directory", dir.display())?;
+    }
+    match std::fs::read_to_string(layout.version()) {
+        Ok(text) if text == TREE_VERSION => Ok(()),
+        Ok(text) if text.trim().parse::<u32>().is_ok() => Err(Error::precondition(format!(
+            "open {}: written by another version of mesocri (format {}, this one writes {})",
+            layout.root.display(),
+            text.trim(),
+            TREE_VERSION.trim()
+        ))),
+        // Missing, or torn by a power cut at its very first write: the tree's records carry their own versions.
+        Ok(_) => record::write_bytes(&layout.version(), TREE_VERSION.as_bytes(), record::Durability::Synced),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => record::write_bytes(&layout.version(), TREE_VERSION.as_bytes(), record::Durability::Synced),
+        Err(e) => Err(Error::io(format!("read {}", layout.version().display()), e)),
+    }
+}
+
+/// One daemon per state directory and per root; held by an open file, so it ends with the process however that ends.
+fn lock(layout: &Layout) -> Result<[nix::fcntl::Flock<std::fs::File>; 2]> {
+    let take = |path: std::path::PathBuf| {
+        let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).act("open", path.display())?;
+        nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| Error::with(Kind::FailedPrecondition, format!("lock {}: another mesocri daemon uses this directory", path.display()), errno))
+    };
+    Ok([take(layout.lock())?, take(layout.root.join("lock"))?])
+}
+
+/// Binds the socket 0660. A stale one is replaced: the lock says that nobody serves it.
+fn listen(path: &Path) -> Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create directory", dir.display())?;
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(format!("remove stale socket {}", path.display()), e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).act("listen on", path.display())?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).act("set the mode of", path.display())?;
+    Ok(listener)
+}
+
+/// Tells systemd that the service is up (sd_notify(3)); does nothing elsewhere.
+fn notify_systemd() {
+    use std::os::linux::net::SocketAddrExt as _;
+    let Ok(address) = std::env::var("NOTIFY_SOCKET") else { return };
+    let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() else { return };
+    let sent = match address.strip_prefix('@') {
+        Some(name) => std::os::unix::net::SocketAddr::from_abstract_name(name).and_then(|to| socket.send_to_addr(b"READY=1", &to)),
+        None => socket.send_to(b"READY=1", &address),
+    };
+    if let Err(e) = sent {
+        tracing::warn!(error = %e, "could not notify systemd");
+    }
+}

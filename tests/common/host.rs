@@ -1,0 +1,132 @@
+//! The host around a bench: private namespaces, and a picture of what could be left behind in them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+/// How long an event that must come may take on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Puts the calling thread and its future children into mount and network namespaces of their own: `/` shared within them,
+/// `/run` empty, loopback up, one uplink that ends in itself so that a default route exists.
+pub fn enter_private_namespaces() {
+    assert!(nix::unistd::geteuid().is_root(), "end-to-end tests need root");
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).unwrap();
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
+    // sysfs shows the network namespace it was mounted in; without a new one /sys/class/net would be the host's.
+    run("ip", &["link", "set", "lo", "up"]);
+    run("ip", &["link", "add", "uplink", "type", "veth", "peer", "name", "uplinkp"]);
+    run("ip", &["addr", "add", "10.99.0.1/24", "dev", "uplink"]);
+    run("ip", &["link", "set", "uplink", "up"]);
+    run("ip", &["link", "set", "uplinkp", "up"]);
+    run("ip", &["route", "add", "default", "via", "10.99.0.2", "dev", "uplink"]);
+}
+
+/// Runs a program to its end; it must succeed. Returns its standard output.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("run {program}: {e}"));
+    assert!(output.status.success(), "{program} {args:?}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Waits for something that nothing announces (a listening port, a process's end); fails after a long while.
+#[track_caller]
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::yield_now();
+        nix::poll::poll(&mut [], nix::poll::PollTimeout::from(5u8)).unwrap();
+    }
+}
+
+/// What a runtime could leave behind, each as one line of text.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot(BTreeSet<String>);
+
+impl Snapshot {
+    /// Looks at mounts, network namespaces, links, nftables, cgroups below `cgroup` and processes of ours.
+    pub fn take(cgroup: &str) -> Self {
+        let mut seen = BTreeSet::new();
+        for line in std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap().lines() {
+            let fields: Vec<_> = line.split(' ').collect();
+            seen.insert(format!("mount {} at {}", fields[3], fields[4]));
+        }
+        for name in super::entries(Path::new("/run/netns")) {
+            seen.insert(format!("netns {name}"));
+        }
+        for line in run("ip", &["-o", "link"]).lines() {
+            let name = line.split(':').nth(1).unwrap_or_default().trim().split('@').next().unwrap_or_default().to_owned();
+            // The built-in bridge stays for the next pod, as documented; ports on it must not.
+            if name != "mesocri0" {
+                seen.insert(format!("link {name}"));
+            }
+        }
+        for dir in cgroups_below(cgroup) {
+            seen.insert(format!("cgroup {dir}"));
+        }
+        for (pid, text) in our_processes(cgroup) {
+            seen.insert(format!("process {pid} {text}"));
+        }
+        Self(seen)
+    }
+
+    /// What is there now and was not before.
+    pub fn difference(&self, now: &Self) -> Vec<String> {
+        now.0.difference(&self.0).cloned().collect()
+    }
+}
+
+/// Directories of this bench in every cgroup hierarchy.
+pub fn cgroups_below(cgroup: &str) -> Vec<String> {
+    fn walk(dir: &Path, found: &mut Vec<String>) {
+        found.push(dir.display().to_string());
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.path().is_dir() {
+                walk(&entry.path(), found);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for root in std::iter::once("/sys/fs/cgroup".into()).chain(std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path())) {
+        let dir = root.join(cgroup.trim_start_matches('/'));
+        if dir.is_dir() {
+            walk(&dir, &mut found);
+        }
+    }
+    found
+}
+
+/// Processes that are ours: in a cgroup of this bench, or a shim in this thread's mount namespace.
+fn our_processes(cgroup: &str) -> Vec<(i32, String)> {
+    let own = std::fs::read_link("/proc/thread-self/ns/mnt").unwrap();
+    let mut found = Vec::new();
+    for name in super::entries(Path::new("/proc")) {
+        let Ok(pid) = name.parse::<i32>() else { continue };
+        let dir = Path::new("/proc").join(&name);
+        let read = |file: &str| std::fs::read_to_string(dir.join(file)).unwrap_or_default();
+        let command = read("cmdline").replace('\0', " ");
+        let ours = std::fs::read_link(dir.join("ns/mnt")).is_ok_and(|ns| ns == own)
+            && command.contains("mesocri")
+            && !command.contains("nextest")
+            && pid != std::process::id().cast_signed();
+        if ours || read("cgroup").contains(&format!("{cgroup}/")) {
+            found.push((pid, command));
+        }
+    }
+    found
+}
+
+/// Ends what a failed test left running, so that one failure does not become many.
+pub fn kill_processes_of(cgroup: &str, _dir: &Path) {
+    for (pid, _) in our_processes(cgroup) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+    }
+}

@@ -1,0 +1,151 @@
+//! End to end: a pod's whole life through the CRI on a real daemon, registry, shim and kernel.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::cri::{code, host_pod, pod, shell};
+use common::{BUSYBOX, Node};
+use mesocri::wire::cri as api;
+use tonic::Code;
+
+#[tokio::test(flavor = "current_thread")]
+async fn pull_run_log_exec_stop_remove() {
+    let node = Node::start().await;
+    let image = node.pull().await;
+    let listed = node.images().list_images(api::ListImagesRequest::default()).await.unwrap().into_inner().images;
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].id, image);
+    assert_eq!(listed[0].repo_tags, [BUSYBOX]);
+    assert!(listed[0].size > 100_000);
+
+    let config = pod(&node, "life");
+    let id = node.run_pod(&config).await.unwrap();
+    let status = node.pod_status(&id).await.unwrap();
+    assert_eq!(status.state, api::PodSandboxState::SandboxReady as i32);
+    let ip = status.network.unwrap().ip;
+    assert!(ip.parse::<std::net::IpAddr>().is_ok(), "{ip:?}");
+
+    let web = node.launch(&id, &config, &shell("web", "echo out; echo err >&2; echo $HOSTNAME; trap 'exit 7' TERM; while :; do sleep 0.1; done")).await;
+    let status = node.status(&web).await.unwrap();
+    assert_eq!(status.state, api::ContainerState::ContainerRunning as i32);
+    assert_eq!(status.image_id, image);
+    assert!(status.started_at >= status.created_at && status.created_at > 0);
+
+    let (exit, out, err) = node.exec(&web, "echo hello; hostname; ip addr show eth0 | grep -o 'inet [0-9.]*'; echo oops >&2; exit 3", 10).await.unwrap();
+    assert_eq!((exit, err.as_str()), (3, "oops\n"));
+    assert_eq!(out, format!("hello\nlife\ninet {ip}\n"));
+    assert_eq!(node.exec(&web, "ps | wc -l", 10).await.unwrap().0, 0);
+    assert_eq!(code(node.exec(&web, "sleep 4321", 1).await), Code::DeadlineExceeded);
+    let (_, ps, _) = node.exec(&web, "ps", 10).await.unwrap();
+    assert!(!ps.contains("4321"), "a timed-out exec is dead when the call returns: {ps}");
+
+    let start = Instant::now();
+    node.stop_container(&web, 30).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    let status = node.status(&web).await.unwrap();
+    assert_eq!((status.exit_code, status.reason.as_str()), (7, "Error"));
+    assert_eq!(node.log(&web).await, ("out\nlife\n".to_owned(), "err\n".to_owned()));
+    node.stop_container(&web, 30).await.unwrap();
+
+    let done = node.launch(&id, &config, &shell("done", "exit 0")).await;
+    let status = node.wait_exit(&done).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
+    assert!(status.finished_at >= status.started_at);
+
+    node.remove_container(&done).await.unwrap();
+    assert_eq!(code(node.status(&done).await), Code::NotFound);
+    node.remove_pod(&id).await.unwrap();
+    assert_eq!(code(node.pod_status(&id).await), Code::NotFound);
+    node.remove_pod(&id).await.unwrap();
+    node.images().remove_image(api::RemoveImageRequest { image: Some(api::ImageSpec { image, ..Default::default() }) }).await.unwrap();
+    assert!(common::entries(&node.root().join("store/layers")).is_empty(), "layers of a removed image are gone");
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn start_errors_are_exits_with_the_cause() {
+    let node = Node::start().await;
+    node.pull().await;
+    let config = host_pod(&node, "bad");
+    let id = node.run_pod(&config).await.unwrap();
+    let mut container = shell("missing", "");
+    container.command = vec!["/no/such/program".to_owned()];
+    let created = node.create(&id, &config, &container).await.unwrap();
+    let error = node.start_container(&created).await.unwrap_err();
+    assert!(error.message().contains("/no/such/program"), "{error}");
+    let status = node.status(&created).await.unwrap();
+    assert_eq!((status.state, status.exit_code, status.reason.as_str()), (api::ContainerState::ContainerExited as i32, 128, "StartError"));
+    assert!(status.message.contains("/no/such/program") && status.finished_at > 0);
+    assert_eq!(code(node.start_container(&created).await), Code::FailedPrecondition);
+    node.remove_all_pods().await;
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn memory_limit_kills_and_says_oom() {
+    let node = Node::start().await;
+    node.pull().await;
+    let config = host_pod(&node, "oom");
+    let id = node.run_pod(&config).await.unwrap();
+    let mut container = shell("hog", "a=x; while :; do a=$a$a; done");
+    container.linux.as_mut().unwrap().resources = Some(api::LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() });
+    let created = node.launch(&id, &config, &container).await;
+    let status = node.wait_exit(&created).await;
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    node.remove_all_pods().await;
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn containers_of_a_pod_share_what_the_pod_shares() {
+    let node = Node::start().await;
+    node.pull().await;
+    let mut config = pod(&node, "share");
+    let options = config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut().unwrap();
+    options.pid = api::NamespaceMode::Pod.into();
+    let id = node.run_pod(&config).await.unwrap();
+    let in_pod = |name: &str, script: &str| {
+        let mut c = shell(name, script);
+        c.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut().unwrap().pid = api::NamespaceMode::Pod.into();
+        c
+    };
+    let a = node.launch(&id, &config, &in_pod("a", "echo shared >/dev/shm/x; exec sleep 1234")).await;
+    let b = node.launch(&id, &config, &in_pod("b", "exec sleep 5678")).await;
+    let script = "cat /dev/shm/x; ps; readlink /proc/self/ns/ipc /proc/self/ns/net /proc/self/ns/uts";
+    let (code_b, seen, err) = node.exec(&b, script, 10).await.unwrap();
+    assert_eq!(code_b, 0, "{err}");
+    assert!(seen.starts_with("shared\n") && seen.contains("sleep 1234") && seen.contains("sleep 5678"), "{seen}");
+    let (_, first, _) = node.exec(&a, "readlink /proc/self/ns/ipc /proc/self/ns/net /proc/self/ns/uts", 10).await.unwrap();
+    assert!(seen.ends_with(&first), "{seen} / {first}");
+    let (_, init, _) = node.exec(&a, "tr '\\0' ' ' </proc/1/cmdline", 10).await.unwrap();
+    assert!(!init.contains("sleep"), "process 1 of a shared namespace is the pod's, not a workload: {init}");
+    node.remove_all_pods().await;
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn twenty_pods_at_once() {
+    let node = Node::start().await;
+    node.pull().await;
+    let work = (0..20).map(|n| {
+        let node = &node;
+        async move {
+            let config = pod(node, &format!("many-{n}"));
+            let id = node.run_pod(&config).await.unwrap();
+            let container = node.launch(&id, &config, &shell("c", "echo done; exec sleep 100")).await;
+            let ip = node.pod_status(&id).await.unwrap().network.unwrap().ip;
+            node.stop_container(&container, 0).await.unwrap();
+            assert_eq!(node.status(&container).await.unwrap().exit_code, 137);
+            (id, ip)
+        }
+    });
+    let mut ips: Vec<_> = futures_util::future::join_all(work).await.into_iter().map(|(_, ip)| ip).collect();
+    ips.sort();
+    ips.dedup();
+    assert_eq!(ips.len(), 20, "every pod has an address of its own");
+    node.remove_all_pods().await;
+    node.finish();
+}

@@ -1,0 +1,179 @@
+//! The kill matrix: the daemon dies at every named step and at random moments of random work; after a new start everything
+//! running still runs, everything half-made is completed or undone, and nothing at all is left over.
+//!
+//! `MESOCRI_KILL_SEEDS=FROM..TO` chooses the random seeds (default 0..100).
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use common::cri::{host_pod, pod, shell};
+use common::{Node, host};
+use mesocri::wire::cri as api;
+
+/// Every fail point of the sources: the string literals given to `failpoint::hit`.
+fn fail_points() -> BTreeSet<String> {
+    fn walk(dir: &Path, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(dir).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                found.extend(text.split("failpoint::hit(\"").skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned));
+            }
+        }
+    }
+    let mut found = BTreeSet::new();
+    walk(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+    found
+}
+
+/// xorshift64*: small, seeded, the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % n
+    }
+}
+
+/// A whole life on one pod, as far as the daemon lives; each step may fail because the daemon just died.
+async fn life(node: &Node, name: &str, own_network: bool) -> Result<(), tonic::Status> {
+    let image = api::ImageSpec { image: common::BUSYBOX.to_owned(), ..Default::default() };
+    node.images().pull_image(api::PullImageRequest { image: Some(image.clone()), ..Default::default() }).await?;
+    let config = if own_network { pod(node, name) } else { host_pod(node, name) };
+    let id = node.run_pod(&config).await?;
+    let stays = node.create(&id, &config, &shell("stays", "trap 'exit 3' TERM; while :; do sleep 0.05; done")).await?;
+    node.start_container(&stays).await?;
+    let ends = node.create(&id, &config, &shell("ends", "exit 5")).await?;
+    node.start_container(&ends).await?;
+    node.exec(&stays, "echo x", 5).await?;
+    let resources = api::LinuxContainerResources { cpu_shares: 512, ..Default::default() };
+    node.runtime()
+        .update_container_resources(api::UpdateContainerResourcesRequest { container_id: stays.clone(), linux: Some(resources), ..Default::default() })
+        .await?;
+    node.stop_container(&stays, 5).await?;
+    node.remove_container(&stays).await?;
+    node.remove_pod(&id).await?;
+    node.images().remove_image(api::RemoveImageRequest { image: Some(image) }).await?;
+    Ok(())
+}
+
+/// What must hold after any crash, on a freshly started daemon; then everything is removed and nothing may be left.
+async fn settle(node: &Node, what: &str, before: &host::Snapshot) {
+    for pod in node.pods().await {
+        let status = node.pod_status(&pod.id).await.unwrap_or_else(|e| panic!("{what}: listed pod has no status: {e}"));
+        assert_eq!(status.state, pod.state, "{what}");
+    }
+    for container in node.containers().await {
+        let status = node.status(&container.id).await.unwrap_or_else(|e| panic!("{what}: listed container has no status: {e}"));
+        if status.state == api::ContainerState::ContainerRunning as i32 && status.metadata.as_ref().unwrap().name == "stays" {
+            let exec = node.exec(&container.id, "echo alive", 5).await;
+            assert_eq!(exec.unwrap_or_else(|e| panic!("{what}: a running container takes no exec: {e}")).1, "alive\n", "{what}");
+        }
+        if container.metadata.as_ref().unwrap().name == "ends" && status.state == api::ContainerState::ContainerExited as i32 {
+            assert!(status.exit_code == 5 || status.reason == "StartError", "{what}: the real exit code is lost: {status:?}");
+        }
+    }
+    // The same work again on the same names: nothing may be "reserved".
+    node.remove_all_pods().await;
+    life(node, "again", true).await.unwrap_or_else(|e| panic!("{what}: a whole life fails afterwards: {e}\n{}", node.daemon_log()));
+    let left = before.difference(&host::Snapshot::take(&node.cgroup));
+    let left: Vec<_> = left.into_iter().filter(|l| !l.starts_with("process") || !l.contains("mesocri daemon")).collect();
+    assert!(left.is_empty(), "{what}: left behind: {left:#?}\n{}", node.daemon_log());
+    for dir in ["root/pods", "root/store/rootfs", "root/store/staging", "root/store/layers", "state/pods", "state/shims"] {
+        let names = common::entries(&node.dir.path().join(dir));
+        assert!(names.is_empty(), "{what}: left in {dir}: {names:?}\n{}", node.daemon_log());
+    }
+}
+
+async fn baseline(node: &mut Node) -> host::Snapshot {
+    // The first pod makes the bridge and its table, which stay.
+    node.start_daemon(&[]);
+    life(node, "first", true).await.unwrap();
+    node.kill_daemon();
+    host::Snapshot::take(&node.cgroup)
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn every_fail_point_is_survived() {
+    let points = fail_points();
+    assert!(points.len() >= 15, "too few fail points: {points:?}");
+    let mut node = Node::prepare("");
+    node.start_registry();
+    let before = baseline(&mut node).await;
+    let mut passed = BTreeSet::new();
+    for point in &points {
+        node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
+        wait_socket(&node);
+        let outcome = life(&node, "victim", true).await;
+        if outcome.is_err() {
+            host::wait_until("the daemon has died at its fail point", || node.daemon_died());
+            passed.insert(point.clone());
+        } else {
+            // A step of a path that this life does not take (failed undo, recovery): armed again below.
+            node.kill_daemon();
+        }
+        // Recovery itself may die at the same point, then recover.
+        node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
+        wait_ready_or_dead(&mut node);
+        node.kill_daemon();
+        node.start_daemon(&[]);
+        settle(&node, point, &before).await;
+        node.kill_daemon();
+    }
+    let missed: Vec<_> = points.difference(&passed).collect();
+    println!("{} fail points hit, not on this path: {missed:?}", passed.len());
+    assert!(passed.len() * 10 >= points.len() * 7, "most fail points lie on the path of a life; not hit: {missed:?}");
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn random_kills_are_survived() {
+    let range = std::env::var("MESOCRI_KILL_SEEDS").unwrap_or_else(|_| "0..100".to_owned());
+    let (from, to) = range.split_once("..").expect("MESOCRI_KILL_SEEDS=FROM..TO");
+    let mut node = Node::prepare("");
+    node.start_registry();
+    let before = baseline(&mut node).await;
+    for seed in from.parse::<u64>().unwrap()..to.parse::<u64>().unwrap() {
+        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        node.start_daemon(&[]);
+        // A whole life takes some hundred milliseconds here; the kill falls anywhere in it.
+        let delay = Duration::from_micros(random.below(400_000));
+        let networks: Vec<bool> = (0..=random.below(3)).map(|_| random.below(2) == 0).collect();
+        {
+            let lives = futures_util::future::join_all(networks.iter().enumerate().map(|(n, own)| {
+                let name = format!("pod{n}");
+                let node = &node;
+                async move { life(node, &name, *own).await.is_ok() }
+            }));
+            // The moment of death is the test's input, not a wait for anything.
+            tokio::select! { _ = lives => {}, () = tokio::time::sleep(delay) => {} }
+        }
+        node.kill_daemon();
+        node.start_daemon(&[]);
+        settle(&node, &format!("seed {seed} (killed after {delay:?}, {} lives)", networks.len()), &before).await;
+        node.kill_daemon();
+    }
+    node.finish();
+}
+
+fn wait_socket(node: &Node) {
+    host::wait_until("the daemon listens", || std::os::unix::net::UnixStream::connect(node.socket()).is_ok());
+}
+
+fn wait_ready_or_dead(node: &mut Node) {
+    let socket = node.socket();
+    host::wait_until("the daemon is ready or dead", || {
+        node.daemon_died()
+            || std::process::Command::new(env!("CARGO_BIN_EXE_mesocri")).args(["ping", "--address"]).arg(&socket).output().unwrap().status.success()
+    });
+}
