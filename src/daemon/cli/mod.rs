@@ -1,7 +1,7 @@
 //! The command line of `mesocri`: one file per operator command.
 
 mod run;
-mod sample;
+pub mod sample;
 mod show;
 
 use std::path::PathBuf;
