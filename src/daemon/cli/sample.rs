@@ -61,6 +61,9 @@ fn layer(busybox: &Path) -> Result<Vec<u8>> {
         h.set_entry_type(kind);
         h.set_mode(mode);
         h.set_size(size);
+        h.set_uid(0);
+        h.set_gid(0);
+        h.set_mtime(0);
         h
     };
     for (dir, mode) in [("bin", 0o755), ("etc", 0o755), ("proc", 0o755), ("root", 0o700), ("sys", 0o755), ("dev", 0o755), ("tmp", 0o1777), ("var", 0o755)] {

@@ -88,6 +88,10 @@ pub struct Reader<R> {
     /// Padding after them.
     padding: u64,
 }
+/// Writers leave fields empty that they do not care for; every other reader takes them for 0.
+fn blank_is_zero(field: &[u8], value: std::io::Result<u64>) -> std::io::Result<u64> {
+    if field.iter().all(|b| matches!(b, 0 | b' ')) { Ok(0) } else { value }
+}
 
 fn bad(why: impl std::fmt::Display) -> Error {
     Error::new(Kind::DataLoss, format!("read layer archive: {why}"))
@@ -177,9 +181,9 @@ impl<R: BufRead> Reader<R> {
         self.left = stored;
         let mut entry = Entry {
             what,
-            mode: header.mode().map_err(bad)? & 0o7777,
-            uid: pick(extended.uid, header.uid())?,
-            gid: pick(extended.gid, header.gid())?,
+            mode: blank_is_zero(&header.as_old().mode, header.mode().map(u64::from)).map_err(bad)? as u32 & 0o7777,
+            uid: pick(extended.uid, blank_is_zero(&header.as_old().uid, header.uid()))?,
+            gid: pick(extended.gid, blank_is_zero(&header.as_old().gid, header.gid()))?,
             mtime: extended.mtime.unwrap_or((header.mtime().ok().and_then(|t| i64::try_from(t).ok()).unwrap_or(0), 0)),
             size: stored,
             device: (header.device_major().ok().flatten().unwrap_or(0), header.device_minor().ok().flatten().unwrap_or(0)),
