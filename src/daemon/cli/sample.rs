@@ -12,12 +12,6 @@ use crate::model::error::{Act as _, Error, Result};
 /// Where a busybox is looked for.
 const PLACES: [&str; 4] = ["/bin/busybox", "/usr/bin/busybox", "/sbin/busybox", "/usr/local/bin/busybox"];
 
-/// Applets that the image offers as commands; busybox serves many more through `busybox NAME`.
-const APPLETS: [&str; 24] = [
-    "sh", "cat", "cp", "date", "echo", "env", "false", "grep", "head", "hostname", "id", "ip", "ls", "mkdir", "nslookup", "ping", "ps", "pwd", "sed", "sleep",
-    "sort", "true", "uname", "wc",
-];
-
 /// Writes the archive under `name:tag` to `path`.
 ///
 /// # Errors
@@ -80,10 +74,17 @@ fn layer(busybox: &Path) -> Result<Vec<u8>> {
         let bytes = std::fs::read(&source).act("read", source.display())?;
         tar.append_data(&mut header(tar::EntryType::Regular, 0o755, bytes.len() as u64), &target, bytes.as_slice()).act("add", source.display())?;
     }
-    for applet in APPLETS {
-        tar.append_link(&mut header(tar::EntryType::Symlink, 0o777, 0), format!("bin/{applet}"), "busybox").act("add", applet)?;
+    for applet in applets(busybox)? {
+        tar.append_link(&mut header(tar::EntryType::Symlink, 0o777, 0), format!("bin/{applet}"), "busybox").act("add", &applet)?;
     }
     tar.into_inner().act("finish", "the layer")
+}
+
+/// The commands that this busybox was built with, as it lists them itself.
+fn applets(busybox: &Path) -> Result<Vec<String>> {
+    let output = std::process::Command::new(busybox).arg("--list").output().act("run", busybox.display())?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter(|name| *name != "busybox" && !name.is_empty() && !name.contains('/')).map(str::to_owned).collect())
 }
 
 /// The shared libraries and the loader of a program, as the loader itself lists them; none for a static one.
