@@ -47,14 +47,15 @@ fn open_dir(at: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<OwnedFd> {
 
 fn empty(top: &OwnedFd) -> rustix::io::Result<()> {
     // Each pass that had to move something brings the rest `MAX_DEPTH` levels nearer.
-    while pass(top)? {}
+    let mut moved = 0;
+    while pass(top, &mut moved)? {}
     Ok(())
 }
 
 /// Empties the directory depth first with a stack of open directories. Tells whether something was moved up to the top.
-fn pass(top: &OwnedFd) -> rustix::io::Result<bool> {
+fn pass(top: &OwnedFd, moved: &mut u64) -> rustix::io::Result<bool> {
+    let before = *moved;
     let mut stack: Vec<(Dir, Vec<u8>)> = vec![(Dir::read_from(top)?, Vec::new())];
-    let mut moved = 0u64;
     while let Some((dir, _)) = stack.last_mut() {
         let Some(entry) = dir.read() else {
             let done = stack.pop();
@@ -82,7 +83,7 @@ fn pass(top: &OwnedFd) -> rustix::io::Result<bool> {
         let name = name.to_vec();
         if stack.len() >= MAX_DEPTH {
             let Some((here, _)) = stack.last() else { break };
-            moved += 1;
+            *moved += 1;
             // Pulled up to the top, where the walk finds it again later.
             rustix::fs::renameat(here.fd()?, name.as_slice(), top, format!(".mesocri-deep-{moved}"))?;
             continue;
@@ -91,7 +92,7 @@ fn pass(top: &OwnedFd) -> rustix::io::Result<bool> {
         let fd = open_dir(here.fd()?, &name)?;
         stack.push((Dir::read_from(&fd)?, name));
     }
-    Ok(moved > 0)
+    Ok(*moved > before)
 }
 
 #[cfg(test)]

@@ -43,7 +43,9 @@ fn walk(top: BorrowedFd<'_>) -> rustix::io::Result<FsUsage> {
     let mut sum = FsUsage { bytes: blocks(&stat), inodes: 1 };
     let mut linked = HashSet::new();
     // One descriptor a level; what a container hides deeper than this is not worth the daemon's descriptors.
-    let mut stack = vec![Dir::read_from(top)?];
+    // Opened anew: `top` may be a bare path descriptor, which cannot be read from.
+    let readable = rustix::fs::openat(top, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut stack = vec![Dir::read_from(&readable)?];
     loop {
         let depth = stack.len();
         let Some(dir) = stack.last_mut() else { break };
