@@ -88,10 +88,6 @@ pub struct Reader<R> {
     /// Padding after them.
     padding: u64,
 }
-/// Writers leave fields empty that they do not care for; every other reader takes them for 0.
-fn blank_is_zero(field: &[u8], value: std::io::Result<u64>) -> std::io::Result<u64> {
-    if field.iter().all(|b| matches!(b, 0 | b' ')) { Ok(0) } else { value }
-}
 
 fn bad(why: impl std::fmt::Display) -> Error {
     Error::new(Kind::DataLoss, format!("read layer archive: {why}"))
@@ -101,6 +97,11 @@ impl<R: BufRead> Reader<R> {
     /// Reads from `input`.
     pub fn new(input: R) -> Self {
         Self { input, left: 0, padding: 0 }
+    }
+
+    /// The input; after [`Reader::next_entry`] it stands at the entry's data.
+    pub fn input(&self) -> &R {
+        &self.input
     }
 
     /// The input, for its digest.
@@ -181,9 +182,9 @@ impl<R: BufRead> Reader<R> {
         self.left = stored;
         let mut entry = Entry {
             what,
-            mode: blank_is_zero(&header.as_old().mode, header.mode().map(u64::from)).map_err(bad)? as u32 & 0o7777,
-            uid: pick(extended.uid, blank_is_zero(&header.as_old().uid, header.uid()))?,
-            gid: pick(extended.gid, blank_is_zero(&header.as_old().gid, header.gid()))?,
+            mode: field(&header.as_old().mode, || header.mode())? & 0o7777,
+            uid: owner(extended.uid, || field(&header.as_old().uid, || header.uid()))?,
+            gid: owner(extended.gid, || field(&header.as_old().gid, || header.gid()))?,
             mtime: extended.mtime.unwrap_or((header.mtime().ok().and_then(|t| i64::try_from(t).ok()).unwrap_or(0), 0)),
             size: stored,
             device: (header.device_major().ok().flatten().unwrap_or(0), header.device_minor().ok().flatten().unwrap_or(0)),
@@ -347,10 +348,15 @@ fn padded(size: u64) -> Result<u64> {
     size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| bad("entry of absurd size"))
 }
 
-fn pick(extended: Option<u32>, header: std::io::Result<u64>) -> Result<u32> {
+/// A number of the header. Some writers leave fields empty, which everyone reads as 0.
+fn field<T: Default>(raw: &[u8], parse: impl FnOnce() -> std::io::Result<T>) -> Result<T> {
+    if raw.iter().all(|b| matches!(b, 0 | b' ')) { Ok(T::default()) } else { parse().map_err(bad) }
+}
+
+fn owner(extended: Option<u32>, header: impl FnOnce() -> Result<u64>) -> Result<u32> {
     match extended {
         Some(id) => Ok(id),
-        None => u32::try_from(header.map_err(bad)?).map_err(|_| bad("owner beyond 32 bits")),
+        None => u32::try_from(header()?).map_err(|_| bad("owner beyond 32 bits")),
     }
 }
 
