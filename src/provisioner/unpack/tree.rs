@@ -19,6 +19,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
+use super::names::{clean, follow};
 use super::tar::{Entry, Reader, What};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::image::FsUsage;
@@ -570,42 +571,6 @@ pub fn blocks(stat: &rustix::fs::Stat) -> u64 {
 fn times(mtime: Option<(i64, u32)>) -> Timestamps {
     let time = mtime.map_or(Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT }, |(s, n)| Timespec { tv_sec: s, tv_nsec: n.into() });
     Timestamps { last_access: time, last_modification: time }
-}
-
-/// A name without `.`, `..`, doubled and leading slashes, relative to the root.
-fn clean(path: &[u8]) -> Result<Vec<u8>> {
-    if path.contains(&0) {
-        return Err(Error::new(Kind::DataLoss, "name contains NUL"));
-    }
-    let mut out: Vec<&[u8]> = Vec::new();
-    for part in path.split(|b| *b == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." => {
-                out.pop().ok_or_else(|| Error::new(Kind::DataLoss, "name leaves the root"))?;
-            }
-            part => out.push(part),
-        }
-    }
-    Ok(out.join(&b'/'))
-}
-
-/// Where the link at `path` leads, within the root.
-fn follow(path: &[u8], target: &[u8]) -> Vec<u8> {
-    let mut parts: Vec<&[u8]> = Vec::new();
-    let parent = path.iter().rposition(|b| *b == b'/').map_or(&[][..], |i| &path[..i]);
-    let start: &[u8] = if target.starts_with(b"/") { &[] } else { parent };
-    for part in start.split(|b| *b == b'/').chain(target.split(|b| *b == b'/')) {
-        match part {
-            b"" | b"." => {}
-            // Above the root is the root, as in chroot.
-            b".." => {
-                parts.pop();
-            }
-            part => parts.push(part),
-        }
-    }
-    parts.join(&b'/')
 }
 
 fn show(path: &[u8]) -> impl std::fmt::Display + '_ {
