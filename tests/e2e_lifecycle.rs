@@ -114,11 +114,11 @@ async fn containers_of_a_pod_share_what_the_pod_shares() {
     };
     let a = node.launch(&id, &config, &in_pod("a", "echo shared >/dev/shm/x; exec sleep 1234")).await;
     let b = node.launch(&id, &config, &in_pod("b", "exec sleep 5678")).await;
-    let script = "cat /dev/shm/x; ps; readlink /proc/self/ns/ipc /proc/self/ns/net /proc/self/ns/uts";
+    let script = "cat /dev/shm/x; ps; for n in ipc net uts; do readlink /proc/self/ns/$n; done";
     let (code_b, seen, err) = node.exec(&b, script, 10).await.unwrap();
     assert_eq!(code_b, 0, "{err}");
     assert!(seen.starts_with("shared\n") && seen.contains("sleep 1234") && seen.contains("sleep 5678"), "{seen}");
-    let (_, first, _) = node.exec(&a, "readlink /proc/self/ns/ipc /proc/self/ns/net /proc/self/ns/uts", 10).await.unwrap();
+    let (_, first, _) = node.exec(&a, "for n in ipc net uts; do readlink /proc/self/ns/$n; done", 10).await.unwrap();
     assert!(seen.ends_with(&first), "{seen} / {first}");
     let (_, init, _) = node.exec(&a, "tr '\\0' ' ' </proc/1/cmdline", 10).await.unwrap();
     assert!(!init.contains("sleep"), "process 1 of a shared namespace is the pod's, not a workload: {init}");

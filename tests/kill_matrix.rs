@@ -113,10 +113,12 @@ async fn every_fail_point_is_survived() {
     let mut passed = BTreeSet::new();
     for point in &points {
         node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
-        wait_socket(&node);
+        let died = wait_ready_or_dead(&mut node);
         let outcome = life(&node, "victim", true).await;
-        if outcome.is_err() {
-            host::wait_until("the daemon has died at its fail point", || node.daemon_died());
+        if died {
+            passed.insert(point.clone());
+        } else if let Err(e) = outcome {
+            host::wait_until(&format!("the daemon has died at {point} (the call said {e})"), || node.daemon_died());
             passed.insert(point.clone());
         } else {
             // A step of a path that this life does not take (failed undo, recovery): armed again below.
@@ -166,14 +168,13 @@ async fn random_kills_are_survived() {
     node.finish();
 }
 
-fn wait_socket(node: &Node) {
-    host::wait_until("the daemon listens", || std::os::unix::net::UnixStream::connect(node.socket()).is_ok());
-}
-
-fn wait_ready_or_dead(node: &mut Node) {
+/// Whether it died.
+fn wait_ready_or_dead(node: &mut Node) -> bool {
     let socket = node.socket();
+    let mut died = false;
     host::wait_until("the daemon is ready or dead", || {
-        node.daemon_died()
-            || std::process::Command::new(env!("CARGO_BIN_EXE_mesocri")).args(["ping", "--address"]).arg(&socket).output().unwrap().status.success()
+        died = node.daemon_died();
+        died || std::process::Command::new(env!("CARGO_BIN_EXE_mesocri")).args(["ping", "--address"]).arg(&socket).output().unwrap().status.success()
     });
+    died
 }
