@@ -19,6 +19,8 @@ pub const ADDRESS: &str = "address";
 const TASK: &str = "task.json";
 /// What our shim made for a pod's sandbox ([`Made`]).
 const SANDBOX: &str = "sandbox.json";
+/// The shim itself ([`Made`]), written by it before it leaves the bundle: found even when nobody heard its answer.
+const SHIM: &str = "shim.json";
 
 /// A killed process is dead within this time unless it hangs in the kernel.
 const KILL_LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
@@ -84,6 +86,8 @@ pub enum Of {
     Task,
     /// A sandbox.
     Sandbox,
+    /// The shim's own process.
+    Shim,
 }
 
 impl Of {
@@ -91,6 +95,7 @@ impl Of {
         match self {
             Self::Task => TASK,
             Self::Sandbox => SANDBOX,
+            Self::Shim => SHIM,
         }
     }
 }

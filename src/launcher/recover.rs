@@ -78,6 +78,10 @@ impl ShimLauncher {
             if let Some(made) = read(&dir, Of::Sandbox)? {
                 super::task::end_made(&made)?;
             }
+            // Started, and the daemon died before it heard so.
+            if let Some(made) = read(&dir, Of::Shim)? {
+                super::task::end_made(&made)?;
+            }
             super::task::end_made(&bundle::made(&dir)?)
         })
         .await

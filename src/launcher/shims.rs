@@ -16,6 +16,7 @@ use super::pod::{Pod, ShimProcess, Whose};
 use super::start::{Program, start};
 use super::{ExecOutput, ExecSpec, Launcher, Sandbox, TaskLaunch, TaskState, bundle};
 use crate::disk::Layout;
+use crate::disk::bundle::ADDRESS;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::plan::LaunchPlan;
 use crate::model::resources::Resources;
@@ -109,6 +110,12 @@ impl ShimLauncher {
         };
         let namespaces = namespaces(plan, whose, pid, shim_pid);
         Ok(Sandbox { pid, shim_pid, address: started.address, namespaces })
+    }
+
+    /// What a shim left in its bundle that started while the daemon died: where it listens.
+    fn started(&self, id: &PodId) -> Option<Sandbox> {
+        let address = std::fs::read_to_string(self.layout.sandbox_bundle(id).join(ADDRESS)).ok()?;
+        Some(Sandbox { address, ..Sandbox::default() })
     }
 
     /// Ends the shim: asks it, and kills it when it does not go.
@@ -213,10 +220,10 @@ impl Launcher for ShimLauncher {
 
     async fn delete_sandbox(&self, id: &PodId, handler: &str, sandbox: Option<&Sandbox>) -> Result<()> {
         if self.known(id).is_none()
-            && let Some(sandbox) = sandbox
+            && let Some(sandbox) = sandbox.cloned().or_else(|| self.started(id))
         {
             // After a restart nobody may have asked for it yet. A shim that cannot be found has nothing to be asked.
-            let _ = self.find_again(id, handler, sandbox).await;
+            let _ = self.find_again(id, handler, &sandbox).await;
         }
         for container in self.bundled_containers(id)? {
             self.delete_task(id, &container).await?;

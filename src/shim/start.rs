@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::args::Args;
 use super::serve;
-use crate::disk::bundle;
+use crate::disk::bundle::{self, Made, Of, Recorded};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::shim::SOCKET_VARIABLE;
 use crate::sys::daemon::{Side, fork};
@@ -33,7 +33,7 @@ pub fn start(args: &Args) -> Result<()> {
             Side::Parent(_) => {}
             Side::Child => {
                 // From here on nobody reads errors; a child that cannot serve ends, and the caller's connect fails.
-                let _ = detach().and_then(|()| serve::serve(listener, &socket));
+                let _ = leave_word().and_then(|()| detach()).and_then(|()| serve::serve(listener, &socket));
                 std::process::exit(1);
             }
         }
@@ -41,6 +41,13 @@ pub fn start(args: &Args) -> Result<()> {
     // The bundle is the working directory; containerd finds the shim again by this file.
     std::fs::write(bundle::ADDRESS, &address).act("write", bundle::ADDRESS)?;
     std::io::stdout().write_all(address.as_bytes()).act("write", "address")
+}
+
+/// The daemon may die before it hears of this shim: its successor finds the process by this record. No bundle any more means
+/// that it has looked already; then this shim must not live either.
+fn leave_word() -> Result<()> {
+    let own = Recorded::of(std::process::id())?;
+    bundle::write(Path::new("."), Of::Shim, &Made { process: Some(own), cgroup: None })
 }
 
 fn socket_path(args: &Args) -> Result<PathBuf> {
