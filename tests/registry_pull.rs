@@ -286,7 +286,7 @@ async fn chooses_from_an_index() {
         store.provisioner.pull(request(&by_digest, None), None, CancellationToken::new()).await.unwrap();
         let image = store.provisioner.resolve(&by_digest).unwrap();
         assert_eq!((image.config.architecture.as_str(), image.repo_tags.len()), (arch, 0));
-        assert_eq!(image.repo_digests, [by_digest.clone()]);
+        assert_eq!(image.repo_digests, std::slice::from_ref(&by_digest));
     }
     let store = store(Config { platform: "linux/riscv64".to_owned(), ..Config::default() }).await;
     let error = store.provisioner.pull(request(&by_digest, None), None, CancellationToken::new()).await.unwrap_err();

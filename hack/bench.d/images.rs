@@ -7,8 +7,8 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use sha2::{Digest, Sha256};
 
-use crate::Bench;
 use crate::common::{REGISTRY, host};
+use crate::engines::Bench;
 
 /// A generated image: how many layers, files in each, bytes of a file.
 struct Shape {

@@ -209,6 +209,17 @@ impl Manager {
         first.map_or(Ok(()), Err)
     }
 
+    /// Removes the group wherever nothing is in it; where something is, it stays.
+    pub fn remove_if_empty(&self) {
+        for hierarchy in self.host.hierarchies() {
+            let dir = hierarchy.dir(&self.path);
+            // EBUSY is the answer of a group in use, ENOENT that of a hierarchy without it.
+            if rustix::fs::rmdir(&dir).is_ok() {
+                remove_marked_parents(hierarchy, &dir);
+            }
+        }
+    }
+
     /// Names of the groups directly below, on any hierarchy.
     ///
     /// # Errors

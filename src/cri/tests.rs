@@ -43,7 +43,7 @@ impl Bench {
         let path = dir.path().join("cri.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let (engine, shutdown) = (Arc::new(Fake::default()), CancellationToken::new());
-        let served = tokio::spawn(serve(config, engine.clone(), listener, shutdown.clone()));
+        let served = tokio::spawn(serve(config, engine.clone(), listener, shutdown.clone(), |_| {}));
         let channel = Endpoint::from_shared(format!("unix://{}", path.display())).unwrap().connect().await.unwrap();
         // More than the server takes, so that its limits are what is tested.
         let runtime = RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(2 * MAX_MESSAGE_BYTES);

@@ -193,6 +193,11 @@ impl Layout {
         self.run_pod(pod).join("containers").join(id.as_str())
     }
 
+    /// Names the parent cgroup that the daemon itself makes, as opposed to one an administrator prepared.
+    pub fn own_cgroup_parent(&self) -> PathBuf {
+        self.state.join("cgroup-parent")
+    }
+
     /// Compiled system call filters.
     pub fn seccomp(&self) -> PathBuf {
         self.state.join("seccomp")

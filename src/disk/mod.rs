@@ -23,6 +23,7 @@
 //! ├── shims/<pod>.sock               the pod's shim
 //! ├── pods/<pod>/                    sandbox/ (bundle), shm/, hostname, hosts, resolv.conf
 //! │   └── containers/<id>/           bundle: config.json, mesocri.json, seccomp.bpf, rootfs/
+//! ├── cgroup-parent                  the parent cgroup this daemon makes itself, written before it does
 //! └── seccomp/<digest>.bpf           compiled filters, one per profile
 //!
 //! /run/netns/mesocri-<pod, 20 hex>   pinned network namespaces (where `ip netns` finds them)

@@ -81,7 +81,26 @@ impl Cgroups {
     fn new(config: Config, deps: &Deps, host: Arc<Host>) -> Result<Self> {
         crate::cgroups::CgroupPath::new(&config.default_parent).map_err(|e| e.within("configuration of isolator cgroups: default_parent"))?;
         let owner = deps.layout.state.to_string_lossy().into_owned();
-        Ok(Self { swap: host.accounts_swap(), config, host, layout: deps.layout.clone(), owner, systemd: OnceCell::new() })
+        let isolator = Self { swap: host.accounts_swap(), config, host, layout: deps.layout.clone(), owner, systemd: OnceCell::new() };
+        isolator.note_own_parent()?;
+        Ok(isolator)
+    }
+
+    /// A parent that does not exist now is one that we shall make; written down before, so that a crash between making it on
+    /// one hierarchy and marking it there leaves nothing that nobody owns. One that exists is an administrator's.
+    fn note_own_parent(&self) -> Result<()> {
+        let note = self.layout.own_cgroup_parent();
+        if !self.layout.state.is_dir() || self.manager(&self.config.default_parent)?.exists() {
+            return Ok(());
+        }
+        std::fs::write(&note, &self.config.default_parent).act("write", note.display())
+    }
+
+    fn remove_own_parent(&self) -> Result<()> {
+        if std::fs::read_to_string(self.layout.own_cgroup_parent()).is_ok_and(|noted| noted == self.config.default_parent) {
+            self.manager(&self.config.default_parent)?.remove_if_empty();
+        }
+        Ok(())
     }
 
     fn place(&self, pod_id: &PodId, pod: &PodSpec) -> Result<PodPlace> {
@@ -318,6 +337,7 @@ impl Isolator for Cgroups {
 
     async fn recover(&self, known: &[PodId]) -> Result<()> {
         self.recover_groups(known).await?;
+        self.remove_own_parent()?;
         if self.config.driver == Driver::Systemd { self.recover_scopes(known).await } else { Ok(()) }
     }
 }

@@ -264,7 +264,7 @@ fn the_rules_are_what_nft_would_have_made() {
         assert!(!bed.run("nft list table inet br0").contains("elements"));
         nft.delete("br0").unwrap();
         nft.delete("br0").unwrap();
-        assert!(!nft.add("br0", &[one.clone()]).unwrap());
+        assert!(!nft.add("br0", std::slice::from_ref(&one)).unwrap());
         nft.remove("br0", &[one]).unwrap();
     });
 }
