@@ -38,7 +38,10 @@ impl ShimProcess {
     ///
     /// # Errors
     /// When there is no such process.
-    #[expect(deprecated, reason = "deprecated for types whose AsRawFd may change its answer; an OwnedFd's cannot, and the replacement is unsafe")]
+    #[expect(
+        deprecated,
+        reason = "deprecated for types whose AsRawFd may change its answer; an OwnedFd's cannot, and the replacement needs a promise that it already keeps"
+    )]
     pub fn open(pid: u32) -> Result<Self> {
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| Error::internal(format!("shim has process number {pid}")))?;
         let pidfd = pidfd_open(raw, PidfdFlags::empty()).act("open shim process", pid)?;

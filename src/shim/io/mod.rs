@@ -175,7 +175,10 @@ impl Ends {
 ///
 /// # Errors
 /// From epoll.
-#[expect(deprecated, reason = "deprecated for types whose AsRawFd may change its answer; an OwnedFd's cannot, and the replacement is unsafe")]
+#[expect(
+    deprecated,
+    reason = "deprecated for types whose AsRawFd may change its answer; an OwnedFd's cannot, and the replacement needs a promise that it already keeps"
+)]
 pub fn watched(fd: OwnedFd, interest: Interest, what: &str) -> Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(fd, interest).act("watch", what)
 }

@@ -1,3 +1,5 @@
+//! The rules of device cgroups: what both versions write, and what the kernel then allows.
+
 use proptest::prelude::*;
 
 use super::*;
