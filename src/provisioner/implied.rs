@@ -1,0 +1,141 @@
+//! Directories that a layer's archive used without listing them. In the layer they have default metadata, and a union of
+//! layers shows the uppermost: a layer that brings `tmp/x` alone would turn `/tmp` of its base into 0755. Layers are shared
+//! between images with different bases, so it is put right per container: the writable directory gets the directory with the
+//! metadata of the layer that does list it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
+use rustix::io::Errno;
+
+use super::unpack::tree::OPAQUE;
+use crate::model::error::{Act, Result};
+
+/// One layer: its files and what its archive implied.
+pub struct Layer<'a> {
+    /// Directory with its files.
+    pub files: &'a Path,
+    /// Paths without metadata of their own.
+    pub implied: &'a [String],
+}
+
+/// Puts metadata of implied directories right in `writable`. `layers` are lowest first. Blocks.
+///
+/// # Errors
+/// I/O failures.
+pub fn put_right(layers: &[Layer<'_>], writable: &Path) -> Result<()> {
+    if layers.iter().all(|l| l.implied.is_empty()) {
+        return Ok(());
+    }
+    let roots = layers.iter().map(|l| open_root(l.files)).collect::<Result<Vec<_>>>()?;
+    let target = open_root(writable)?;
+    let mut paths: Vec<&String> = layers.iter().flat_map(|l| l.implied).collect();
+    // Parents first.
+    paths.sort();
+    paths.dedup();
+    for path in paths {
+        let Some(stat) = wanted(layers, &roots, path) else { continue };
+        let mut above = String::new();
+        for part in path.split('/') {
+            above = if above.is_empty() { part.to_owned() } else { format!("{above}/{part}") };
+            if resolve(target.as_fd(), &above, OFlags::PATH).is_ok() {
+                continue;
+            }
+            let meta = if above == *path { Some(stat) } else { shown(layers, &roots, &above) };
+            rustix::fs::mkdirat(&target, &above, Mode::from_raw_mode(0o700)).act("create directory", &above)?;
+            if let Some(meta) = meta {
+                set(target.as_fd(), &above, &meta)?;
+            }
+        }
+        set(target.as_fd(), path, &stat)?;
+    }
+    Ok(())
+}
+
+/// The metadata that `path` should have, when what the union shows is an implied directory and a lower layer knows better.
+fn wanted(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<Stat> {
+    let mut below_implied = false;
+    for (layer, root) in layers.iter().zip(roots).rev() {
+        let stat = match stat(root.as_fd(), path) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => continue,
+            // Not a directory here, or not by this way: it is something else from here down.
+            Err(_) => return None,
+        };
+        if !layer.implied.iter().any(|i| i == path) {
+            return Some(stat).filter(|s| below_implied && (s.st_mode & 0o7777, s.st_uid, s.st_gid) != (0o755, 0, 0));
+        }
+        if is_opaque(root.as_fd(), path) {
+            return None;
+        }
+        below_implied = true;
+    }
+    None
+}
+
+/// What the union shows of a directory: the uppermost that lists it, else the uppermost.
+fn shown(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<Stat> {
+    wanted(layers, roots, path).or_else(|| roots.iter().rev().find_map(|root| stat(root.as_fd(), path).ok()))
+}
+
+fn open_root(path: &Path) -> Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).act("open directory", path.display())
+}
+
+/// Directories only, through no link: layers are hostile and this runs on the host.
+fn resolve(root: BorrowedFd<'_>, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::openat2(root, path, flags | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+}
+
+fn stat(root: BorrowedFd<'_>, path: &str) -> rustix::io::Result<Stat> {
+    rustix::fs::fstat(resolve(root, path, OFlags::PATH)?)
+}
+
+fn is_opaque(root: BorrowedFd<'_>, path: &str) -> bool {
+    let mut value = [0u8; 4];
+    resolve(root, path, OFlags::RDONLY).and_then(|fd| rustix::fs::fgetxattr(fd, OPAQUE, value.as_mut_slice())).is_ok_and(|n| n == 1 && value[0] == b'y')
+}
+
+fn set(root: BorrowedFd<'_>, path: &str, meta: &Stat) -> Result<()> {
+    let fd = resolve(root, path, OFlags::RDONLY).act("open directory", path)?;
+    rustix::fs::fchown(&fd, Some(Uid::from_raw(meta.st_uid)), Some(Gid::from_raw(meta.st_gid))).act("change owner of", path)?;
+    rustix::fs::fchmod(&fd, Mode::from_raw_mode(meta.st_mode & 0o7777)).act("change mode of", path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    #[test]
+    fn takes_metadata_from_the_layer_that_lists_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |layer: &str, path: &str, mode: u32| {
+            let path = dir.path().join(layer).join(path);
+            std::fs::create_dir_all(&path).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        make("base", "tmp", 0o1777);
+        make("base", "root", 0o700);
+        make("base", "home/user", 0o750);
+        make("base", "hidden", 0o700);
+        make("base", "away", 0o700);
+        make("mid", "root", 0o755);
+        make("mid", "tmp", 0o755);
+        make("mid", "home/user", 0o755);
+        make("mid", "hidden", 0o755);
+        rustix::fs::lsetxattr(dir.path().join("mid/hidden"), OPAQUE, b"y", rustix::fs::XattrFlags::empty()).unwrap();
+        make("mid", "away", 0o755);
+        make("top", "root", 0o711);
+        std::os::unix::fs::symlink("/tmp", dir.path().join("top/away")).unwrap();
+        make("upper", "", 0o755);
+        let files: Vec<_> = ["base", "mid", "top"].iter().map(|l| dir.path().join(l)).collect();
+        let implied: Vec<String> = ["root", "tmp", "home", "home/user", "hidden", "away"].map(str::to_owned).to_vec();
+        let layers = [Layer { files: &files[0], implied: &[] }, Layer { files: &files[1], implied: &implied }, Layer { files: &files[2], implied: &[] }];
+        put_right(&layers, &dir.path().join("upper")).unwrap();
+        let mode = |path: &str| std::fs::symlink_metadata(dir.path().join("upper").join(path)).map(|m| m.mode() & 0o7777).ok();
+        assert_eq!((mode("tmp"), mode("home/user"), mode("home")), (Some(0o1777), Some(0o750), Some(0o755)));
+        assert_eq!((mode("root"), mode("hidden"), mode("away")), (None, None, None));
+    }
+}
