@@ -18,6 +18,7 @@ use super::config::{Config, Handler};
 use super::pod::Pod;
 use super::shims::{Resolved, ShimLauncher};
 use super::{TaskIo, bundle, exec};
+use crate::cgroups::Manager;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::plan::LaunchPlan;
 use crate::model::resources::Resources;
@@ -73,9 +74,14 @@ pub fn write_pause(config: &Config, pod: &PodId, dir: &Path, mut plan: LaunchPla
     let process = oci::ProcessBuilder::default().args(args).cwd("/").no_new_privileges(true).capabilities(oci::LinuxCapabilities::default());
     plan.spec.set_process(Some(process.build().map_err(failed)?));
     plan.spec.set_root(Some(oci::RootBuilder::default().path("rootfs").readonly(true).build().map_err(failed)?));
-    // Runtimes need /proc inside for their own work (sysctls, labels).
-    let proc = oci::MountBuilder::default().destination("/proc").typ("proc").source("proc").options(["nosuid", "noexec", "nodev"].map(str::to_owned));
-    plan.spec.set_mounts(Some(vec![proc.build().map_err(failed)?]));
+    // Runtimes need /proc inside for their own work (sysctls, labels) and put device nodes into /dev.
+    let mount = |to: &str, kind: &str, options: &[&str]| {
+        let options = options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>();
+        oci::MountBuilder::default().destination(to).typ(kind).source(kind).options(options).build().map_err(failed)
+    };
+    let proc = mount("/proc", "proc", &["nosuid", "noexec", "nodev"])?;
+    let dev = mount("/dev", "tmpfs", &["nosuid", "noexec", "mode=755", "size=65536k"])?;
+    plan.spec.set_mounts(Some(vec![proc, dev]));
     let mut linux = plan.spec.linux().clone().unwrap_or_default();
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     for kind in [oci::LinuxNamespaceType::Mount, oci::LinuxNamespaceType::Pid] {
@@ -89,11 +95,29 @@ pub fn write_pause(config: &Config, pod: &PodId, dir: &Path, mut plan: LaunchPla
     }
     plan.spec.set_linux(Some(linux));
     bundle::write(dir, &plan)?;
+    make_cgroup(dir)?;
     let pause = config.pause_program()?;
+    for point in ["proc", "dev"] {
+        // Mount points: the root is read-only by the time the runtime looks for them.
+        let point = dir.join("rootfs").join(point);
+        std::fs::create_dir_all(&point).act("create", point.display())?;
+    }
     let inside = dir.join("rootfs/pause");
     std::fs::copy(&pause, &inside).act("copy", pause.display())?;
     // containerd gives its shims a fifo to log into; a file does as well, and needs no reader.
     std::fs::write(dir.join("log"), "").act("create", "log of the shim")
+}
+
+/// Makes the cgroup of a bundle before the runtime does: runtimes make parents too but never remove them; ours are marked, and go
+/// with the last group in them. Not for systemd's names, which are no paths.
+///
+/// # Errors
+/// As [`Manager::create`].
+pub fn make_cgroup(dir: &Path) -> Result<()> {
+    match bundle::made(dir)?.cgroup {
+        Some(path) => Manager::create(&path).map(drop),
+        None => Ok(()),
+    }
 }
 
 impl ShimLauncher {
@@ -126,9 +150,10 @@ impl ShimLauncher {
     /// Ends the pause container and has the runtime forget it.
     pub(super) async fn delete_pause(&self, pod: &Pod) -> Result<()> {
         let pause = ContainerId::from_string(pod.id.as_str());
-        // Ended already is fine.
-        let _ = self.kill(pod, &pause, libc::SIGKILL, true).await;
-        let _ = self.wait(pod, &pause).await;
+        // Ended already is fine; only what was killed is waited for.
+        if self.kill(pod, &pause, libc::SIGKILL, true).await.is_ok() {
+            let _ = self.wait(pod, &pause).await;
+        }
         let mut request = api::DeleteRequest::new();
         request.id = pod.id.as_str().to_owned();
         pod.client.task::<api::DeleteResponse>("Delete", &request).await.map(drop)

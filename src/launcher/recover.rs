@@ -68,7 +68,9 @@ impl ShimLauncher {
         if !dir.exists() {
             return Ok(());
         }
+        let mut foreign = false;
         if let Ok(Resolved::Foreign(handler)) = self.resolve(handler) {
+            foreign = true;
             // The runtime's own state of the pause container; an orderly end left none, and then this fails.
             if sandbox.is_some() && dir.join("address").exists() {
                 let _ = start::delete(&Program::Path(handler.program()?), id, &dir, CLEAN_UP_LIMIT).await;
@@ -82,7 +84,8 @@ impl ShimLauncher {
             if let Some(made) = read(&dir, Of::Shim)? {
                 super::task::end_made(&made)?;
             }
-            super::task::end_made(&bundle::made(&dir)?)
+            // The pause container's group. A sandbox of ours has none; what its spec may name is its parent's.
+            if foreign { super::task::end_made(&bundle::made(&dir)?) } else { Ok(()) }
         })
         .await
     }

@@ -28,6 +28,10 @@ impl ShimLauncher {
         let created = self.create_in(pod, id, launch, &dir).await;
         if created.is_err() {
             foreign::end_pumps(pod, id);
+            if pod.whose == Whose::Foreign {
+                // The group made for the runtime; what else it made it removed.
+                let _ = bundle::made(&dir).and_then(|made| end_made(&made));
+            }
             let _ = bundle::remove(&dir);
         }
         created
@@ -52,6 +56,7 @@ impl ShimLauncher {
                 }
             }
             Whose::Foreign => {
+                foreign::make_cgroup(dir)?;
                 (request.stdout, request.stderr) = foreign::attach_log(pod, id, dir, &launch.io)?;
                 request.options = self.foreign_options(pod)?.into();
             }
@@ -107,8 +112,10 @@ impl ShimLauncher {
 
     pub(super) async fn delete(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
         let dir = self.layout.bundle(pod, id);
+        let mut foreign = false;
         let asked = match self.known(pod) {
             Some(pod) => {
+                foreign = pod.whose == Whose::Foreign;
                 let asked = delete_or_kill(self, &pod, id).await;
                 foreign::end_pumps(&pod, id);
                 asked
@@ -124,7 +131,13 @@ impl ShimLauncher {
             Err(e) if e.kind == Kind::NotFound => {}
             result => result?,
         }
-        blocking::run("remove bundle", move || bundle::remove(&dir)).await
+        let end = move || {
+            if foreign {
+                end_made(&bundle::made(&dir)?)?;
+            }
+            bundle::remove(&dir)
+        };
+        blocking::run("remove bundle", end).await
     }
 
     pub(super) async fn update(&self, pod: &Pod, id: &ContainerId, resources: &Resources) -> Result<()> {

@@ -13,6 +13,7 @@ use mesocri::model::image::RootMount;
 use mesocri::model::plan::LaunchPlan;
 use mesocri::model::{ContainerId, PodId};
 
+#[allow(dead_code)] // each test file uses its part
 pub struct Bench {
     pub dir: tempfile::TempDir,
     pub layout: Layout,
@@ -22,6 +23,7 @@ pub struct Bench {
     serial: AtomicU32,
 }
 
+#[allow(dead_code)] // each test file uses its part
 impl Bench {
     pub async fn new() -> Self {
         Self::with(|_| {}).await
@@ -179,7 +181,7 @@ pub fn alive(pid: u32) -> bool {
     mesocri::disk::bundle::Recorded::of(pid).is_ok()
 }
 
-#[allow(dead_code)] // not every test kills
+#[allow(dead_code)] // each test file uses its part
 pub fn kill(pid: u32) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
