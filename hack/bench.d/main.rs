@@ -89,7 +89,7 @@ fn print_table(engines: &[String], samples: &Samples) {
             format!(
                 "{}{b}{}",
                 if row.more_is_better { "≥ " } else { "≤ " },
-                of("mesocri").map_or("", |v| if (v <= b) == !row.more_is_better { " ✓" } else { " ✗" })
+                of("mesocri").map_or("", |v| if (v <= b) != row.more_is_better { " ✓" } else { " ✗" })
             )
         });
         let ratio = of("mesocri").map_or(f64::NAN, |v| v / best);
