@@ -207,10 +207,10 @@ pub async fn many_pods(engine: &Engine, samples: &mut Samples) {
         made
     });
     let pods: Vec<_> = futures_util::future::join_all(callers).await.into_iter().flatten().collect();
-    // Over many pods: what one alone maps, a hundred share.
-    put(samples, MEMORY_POD, engine, engine.helpers_pss() / 1024.0 / PODS as f64);
     put(samples, RATE, engine, PODS as f64 / start.elapsed().as_secs_f64());
     put(samples, CPU, engine, (machine_cpu() - cpu) / PODS as f64);
+    // Over many pods: what one alone maps, a hundred share.
+    put(samples, MEMORY_POD, engine, engine.helpers_pss() / 1024.0 / PODS as f64);
     put(samples, DAEMON_100, engine, pss(engine.pid()) / 1024.0);
 
     let mut runtime = engine.runtime();
