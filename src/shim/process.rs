@@ -21,6 +21,9 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// Exit code when the kernel cannot say (somebody else reaped the process).
 const UNKNOWN: u32 = 255;
 
+/// Turns of the event loop in which those who wait for an exit get their answer.
+const TELLING_TURNS: usize = 16;
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
@@ -49,11 +52,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts to watch a process. `done` may have waiters already.
+    /// Starts to watch a process. `done` may have waiters already. `mounts` keeps the container's mount namespace alive until
+    /// the exit is told: its end unmounts everything and waits for the kernel's grace period, milliseconds that would
+    /// otherwise lie between the death of the process and the news of it.
     ///
     /// # Errors
     /// When the pidfd cannot be watched.
-    pub fn watch(pid: u32, pidfd: OwnedFd, running: Running, done: Arc<Outcome>) -> Result<Arc<Self>> {
+    pub fn watch(pid: u32, pidfd: OwnedFd, mounts: Option<OwnedFd>, running: Running, done: Arc<Outcome>) -> Result<Arc<Self>> {
         let Running { pumps, keepers, input, console, log: _ } = running;
         let process = Arc::new(Self {
             pid,
@@ -64,7 +69,7 @@ impl Process {
             input: Mutex::new(input),
             pumps: pumps.iter().map(JoinHandle::abort_handle).collect(),
         });
-        tokio::spawn(supervise(process.clone(), pumps, keepers));
+        tokio::spawn(supervise(process.clone(), mounts, pumps, keepers));
         Ok(process)
     }
 
@@ -105,7 +110,7 @@ pub async fn told(outcome: &Outcome) -> Exit {
     word.wait_for(Option::is_some).await.ok().and_then(|exit| *exit).unwrap_or(Exit { code: UNKNOWN, at: now_ns() })
 }
 
-async fn supervise(process: Arc<Process>, pumps: Vec<JoinHandle<()>>, keepers: Vec<OwnedFd>) {
+async fn supervise(process: Arc<Process>, mounts: Option<OwnedFd>, pumps: Vec<JoinHandle<()>>, keepers: Vec<OwnedFd>) {
     let code = reap(&process.pidfd).await;
     let exit = Exit { code, at: now_ns() };
     process.exited.send_replace(Some(exit));
@@ -119,6 +124,10 @@ async fn supervise(process: Arc<Process>, pumps: Vec<JoinHandle<()>>, keepers: V
     };
     let _ = tokio::time::timeout(DRAIN, drained).await;
     process.done.send_replace(Some(exit));
+    for _ in 0..TELLING_TURNS {
+        tokio::task::yield_now().await;
+    }
+    drop(mounts);
 }
 
 async fn reap(pidfd: &AsyncFd<OwnedFd>) -> u32 {

@@ -190,7 +190,7 @@ impl SandboxService {
         bundle::write(bundle, Of::Sandbox, &Made { process, cgroup: None })?;
         if let Some((pid, pidfd)) = holder {
             let (_, nothing) = io::open(&io::Addresses::default())?;
-            table.sandbox.holder = Some(Process::watch(pid, pidfd, nothing.run(None)?, table.sandbox.ended.clone())?);
+            table.sandbox.holder = Some(Process::watch(pid, pidfd, None, nothing.run(None)?, table.sandbox.ended.clone())?);
         }
         table.sandbox.phase = Phase::Created;
         table.sandbox.created_at = now_ns();

@@ -175,7 +175,9 @@ impl Supervisor {
             bundle::write(bundle, Of::Task, &made)?;
             let running = ends.run(console)?;
             let log = running.log.clone();
-            Ok((Process::watch(pid, pidfd, running, done.clone())?, log))
+            // Best effort: without it the news of the exit comes some milliseconds later.
+            let mounts = std::fs::File::open(format!("/proc/{pid}/ns/mnt")).ok().map(Into::into);
+            Ok((Process::watch(pid, pidfd, mounts, running, done.clone())?, log))
         })();
         let (process, log) = match watched {
             Ok(watched) => watched,
@@ -406,7 +408,7 @@ impl Container {
             let process = std::mem::take(&mut exec.spec);
             let mut executed = init::exec(ExecRequest { bundle, process, pid, stdio, cgroup }).map_err(step)?;
             let running = ends.run(executed.console.take())?;
-            Process::watch(executed.pid, executed.pidfd, running, exec.done.clone())
+            Process::watch(executed.pid, executed.pidfd, None, running, exec.done.clone())
         })();
         match started {
             Ok(process) => {
