@@ -149,3 +149,31 @@ async fn twenty_pods_at_once() {
     node.remove_all_pods().await;
     node.finish();
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_run_command_shows_progress_output_and_exit_code() {
+    let node = Node::start().await;
+    let run = |network: &str, image: &str, script: &str| {
+        std::process::Command::new(env!("CARGO_BIN_EXE_mesocri"))
+            .args(["run", "--network", network, "--address"])
+            .arg(node.socket())
+            .args([image, "--", "/bin/sh", "-c", script])
+            .output()
+            .unwrap()
+    };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let pulled = run("pod", BUSYBOX, "echo out; echo err >&2; exit 3");
+    let shown = text(&pulled.stderr);
+    assert_eq!((pulled.status.code(), text(&pulled.stdout).as_str()), (Some(3), "out\n"), "{shown}");
+    for part in
+        ["manifest: 1 layers", "layer 1/1", "unpacked and verified", "is ready at 10.", "is running", "err\n", "has ended: exit code 3, Error", "is removed"]
+    {
+        assert!(shown.contains(part), "{part:?} is missing in:\n{shown}");
+    }
+    // No registry there: the host's own busybox stands in, and the command says so.
+    let stand_in = run("host", "127.0.0.1:1/none:x", "echo $0 ran");
+    let shown = text(&stand_in.stderr);
+    assert_eq!((stand_in.status.code(), text(&stand_in.stdout).as_str()), (Some(0), "/bin/sh ran\n"), "{shown}");
+    assert!(shown.contains("RegistryUnavailable") && shown.contains("this host's busybox"), "{shown}");
+    node.finish();
+}

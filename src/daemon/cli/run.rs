@@ -223,7 +223,12 @@ fn container_config(matches: &ArgMatches, image: String) -> Result<api::Containe
         let (key, value) = text.split_once('=').ok_or_else(|| Error::invalid(format!("parse --env {text}: expected NAME=VALUE")))?;
         envs.push(api::KeyValue { key: key.to_owned(), value: value.as_bytes().to_vec() });
     }
+    let namespaces = api::NamespaceOption { pid: api::NamespaceMode::Container.into(), ..Default::default() };
     Ok(api::ContainerConfig {
+        linux: Some(api::LinuxContainerConfig {
+            security_context: Some(api::LinuxContainerSecurityContext { namespace_options: Some(namespaces), ..Default::default() }),
+            ..Default::default()
+        }),
         metadata: Some(api::ContainerMetadata { name: "run".to_owned(), attempt: 0 }),
         image: Some(api::ImageSpec { image, ..Default::default() }),
         command: many("command"),
