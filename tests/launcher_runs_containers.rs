@@ -175,3 +175,21 @@ async fn failures_name_the_step_and_leave_nothing() {
     assert!(refused.to_string().contains("kernel.core_pattern"), "{refused}");
     bench.nothing_is_left(&[]);
 }
+
+#[tokio::test]
+async fn descriptors_of_the_daemon_reach_neither_shim_nor_container() {
+    let bench = Bench::new().await;
+    // What a careless library might leave open: it survives execve.
+    let (reader, _writer) = rustix::pipe::pipe().unwrap();
+    let leaked = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader))).unwrap();
+    let sandbox = bench.sandbox(&["ipc", "uts"]).await.unwrap();
+    let open: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", sandbox.shim_pid)).unwrap().flatten().map(|e| std::fs::read_link(e.path()).unwrap()).collect();
+    assert!(!open.contains(&leaked), "{open:?}");
+    let id = bench.run(&sandbox, &["sleep", "1000"]).await;
+    let listed = bench.launcher.exec_sync(&bench.pod, &id, &exec(&["ls", "/proc/1/fd"])).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&listed.stdout), "0\n1\n2\n");
+    // Of the exec'd process itself: its streams, and the directory that it reads.
+    let listed = bench.launcher.exec_sync(&bench.pod, &id, &exec(&["ls", "/proc/self/fd"])).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&listed.stdout), "0\n1\n2\n3\n");
+    bench.remove(&sandbox, "").await;
+}

@@ -4,6 +4,7 @@
 //! when the socket answers already, its address is all there is to print.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,9 +18,12 @@ use crate::disk::bundle::{self, Made, Of, Recorded};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::shim::SOCKET_VARIABLE;
 use crate::sys::daemon::{Side, fork};
+use crate::sys::process::close_range;
 
 /// Where sockets lie when the caller named no place: containerd's own directory for them.
 const SOCKETS: &str = "/run/containerd/s";
+/// Descriptors 0, 1 and 2 are the streams.
+const FIRST_AFTER_STREAMS: i32 = 3;
 /// Annotations by which Kubernetes fronts say to which pod a container belongs, so that pods share a shim.
 const GROUP_LABELS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
 
@@ -33,7 +37,7 @@ pub fn start(args: &Args) -> Result<()> {
             Side::Parent(_) => {}
             Side::Child => {
                 // From here on nobody reads errors; a child that cannot serve ends, and the caller's connect fails.
-                let _ = leave_word().and_then(|()| detach()).and_then(|()| serve::serve(listener, &socket));
+                let _ = leave_word().and_then(|()| detach(&listener)).and_then(|()| serve::serve(listener, &socket));
                 std::process::exit(1);
             }
         }
@@ -98,9 +102,15 @@ fn listen(socket: &Path) -> Result<UnixListener> {
     listener.act("bind", socket.display())
 }
 
-/// Own session, no terminal, no inherited streams, a name for `ps` (the program may have been started from a sealed copy,
+/// Own session, no terminal, no inherited descriptor but the socket (a caller's pipe would never end), a name for `ps` (the program may have been started from a sealed copy,
 /// whose name is a number).
-fn detach() -> Result<()> {
+fn detach(listener: &UnixListener) -> Result<()> {
+    let socket = listener.as_raw_fd();
+    for (first, last) in [(FIRST_AFTER_STREAMS, socket - 1), (socket + 1, i32::MAX)] {
+        if first <= last {
+            close_range(first, last, false).act("close", "inherited descriptors")?;
+        }
+    }
     rustix::process::setsid().act("setsid", "shim")?;
     rustix::process::chdir("/").act("chdir", "/")?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).act("open", "/dev/null")?;
