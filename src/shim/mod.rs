@@ -12,6 +12,11 @@
 //! Invariants: built without the `daemon` feature; single-threaded (it forks), tokio's current-thread runtime only; changes
 //! of the table happen between two awaits, so no request sees half of another. Creating a container blocks the shim for
 //! the few milliseconds that init needs, and nothing else of the pod: each pod has a shim of its own.
+//!
+//! Build it statically at a fixed address (`-C target-feature=+crt-static -C relocation-model=static`, profile `shim`): 50 pods cost
+//! 144 KiB PSS each empty, 191 KiB with one container, 10 KiB per further one. As static-pie it is 359, 406 and 10: the relocated
+//! tables of 3 MB of code become private to each process. The price is a fixed address of a program whose only input is the
+//! daemon's socket; libraries, heap and stack stay random.
 
 pub mod args;
 mod delete;
