@@ -1,6 +1,7 @@
 //! One group on all hierarchies: create, apply, add, list, delete.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -49,17 +50,39 @@ impl Manager {
     /// As [`Manager::create`].
     pub fn create_on(host: Arc<Host>, path: &str) -> Result<Self> {
         let manager = Self::open_on(host, path)?;
+        manager.create_where(|_| true)?;
+        Ok(manager)
+    }
+
+    /// The first half of [`Manager::create`], on v2 alone, and the directory there, open, for `CLONE_INTO_CGROUP`; `None`
+    /// without v2.
+    ///
+    /// # Errors
+    /// As [`Manager::create`].
+    pub fn create_v2(&self) -> Result<Option<OwnedFd>> {
+        self.create_where(|v| v == Version::V2)?;
+        Ok(self.open_v2())
+    }
+
+    /// The second half of [`Manager::create`].
+    ///
+    /// # Errors
+    /// As [`Manager::create`].
+    pub fn create_v1(&self) -> Result<()> {
+        self.create_where(|v| v == Version::V1)
+    }
+
+    fn create_where(&self, wanted: impl Fn(Version) -> bool) -> Result<()> {
         let mut made = Vec::new();
-        for hierarchy in manager.host.hierarchies() {
-            let result = manager.create_in(hierarchy, &mut made);
-            if let Err(e) = result {
+        for hierarchy in self.host.hierarchies().iter().filter(|h| wanted(h.version)) {
+            if let Err(e) = self.create_in(hierarchy, &mut made) {
                 for dir in made.iter().rev() {
                     let _ = std::fs::remove_dir(dir);
                 }
                 return Err(e);
             }
         }
-        Ok(manager)
+        Ok(())
     }
 
     /// The group at `path`, whether it exists or not. Touches nothing.
@@ -121,34 +144,41 @@ impl Manager {
     /// # Errors
     /// The file that refused it.
     pub fn add(&self, pid: u32) -> Result<()> {
-        self.add_text("cgroup.procs", &pid.to_string())
+        for hierarchy in self.host.hierarchies().iter().filter(|h| h.version == Version::V1) {
+            self.group(hierarchy).write("cgroup.procs", &pid.to_string())?;
+        }
+        self.add_v2(pid)
     }
 
-    /// Moves the calling process, which must have one thread only. Several milliseconds cheaper than [`Manager::add`] on a busy
-    /// machine: for a single thread that moves itself the kernel does not stop all forks on v1.
+    /// [`Manager::add`] on v2 alone: for a process that was not born there and joins the others by [`Manager::entrance`].
     ///
     /// # Errors
     /// As [`Manager::add`].
-    pub fn add_self(&self) -> Result<()> {
-        self.add_text("tasks", "0")
+    pub fn add_v2(&self, pid: u32) -> Result<()> {
+        let Some(v2) = self.host.v2() else { return Ok(()) };
+        let (group, pid) = (self.group(v2), pid.to_string());
+        match group.try_write("cgroup.procs", &pid) {
+            Ok(()) => Ok(()),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EOPNOTSUPP)) => match populated_below(&group, 0) {
+                Some(inner) => inner.write("cgroup.procs", &pid),
+                None => Err(group.refused("cgroup.procs", &pid, e)),
+            },
+            Err(e) => Err(group.refused("cgroup.procs", &pid, e)),
+        }
     }
 
-    fn add_text(&self, v1_file: &str, pid: &str) -> Result<()> {
-        for hierarchy in self.host.hierarchies() {
-            let group = self.group(hierarchy);
-            match hierarchy.version {
-                Version::V1 => group.write(v1_file, pid)?,
-                Version::V2 => match group.try_write("cgroup.procs", pid) {
-                    Ok(()) => {}
-                    Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EOPNOTSUPP)) => match populated_below(&group, 0) {
-                        Some(inner) => inner.write("cgroup.procs", pid)?,
-                        None => return Err(group.refused("cgroup.procs", pid, e)),
-                    },
-                    Err(e) => return Err(group.refused("cgroup.procs", pid, e)),
-                },
-            }
-        }
-        Ok(())
+    /// Opens the group on every v1 hierarchy for a process to join it by itself, maybe when it sees the host's files no more.
+    ///
+    /// # Errors
+    /// The file that could not be opened.
+    pub fn entrance(&self) -> Result<Entrance> {
+        let v1 = self.host.hierarchies().iter().filter(|h| h.version == Version::V1);
+        let open = |h: &Hierarchy| {
+            let path = h.dir(&self.path).join("tasks");
+            let fd = rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).act("open", path.display())?;
+            Ok((path, fd))
+        };
+        v1.map(open).collect::<Result<_>>().map(|files| Entrance { files })
     }
 
     /// All processes of the group and its sub-groups, without order. Empty when it does not exist.
@@ -259,9 +289,14 @@ impl Manager {
     }
 
     /// The directory on v2, open, for `clone3` with `CLONE_INTO_CGROUP`; `None` without v2 or group.
-    pub fn open_v2(&self) -> Option<std::os::fd::OwnedFd> {
+    pub fn open_v2(&self) -> Option<OwnedFd> {
         let dir = self.host.v2()?.dir(&self.path);
         rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
+    }
+
+    /// Whether device rules are a program on the v2 group, in force for all that are born in it.
+    pub fn has_v2_devices(&self) -> bool {
+        self.host.locate(Controller::Devices).is_some_and(|h| h.version == Version::V2)
     }
 
     pub(super) fn group(&self, hierarchy: &Hierarchy) -> Group {
@@ -329,6 +364,26 @@ impl Manager {
         }
         let group = self.group(hierarchy);
         super::kill::until_removed(&group, hierarchy.version, || remove_tree(&dir))
+    }
+}
+
+/// A group on all v1 hierarchies, to be joined by the process itself.
+#[derive(Debug)]
+pub struct Entrance {
+    files: Vec<(PathBuf, OwnedFd)>,
+}
+
+impl Entrance {
+    /// Moves the calling process, which must have one thread only. For a single thread that moves itself the kernel does not
+    /// stop all forks of the machine, which would cost milliseconds ([`Manager::add`]).
+    ///
+    /// # Errors
+    /// The file that refused it.
+    pub fn enter(&self) -> Result<()> {
+        for (path, fd) in &self.files {
+            rustix::io::retry_on_intr(|| rustix::io::write(fd, b"0")).act("join", path.display())?;
+        }
+        Ok(())
     }
 }
 

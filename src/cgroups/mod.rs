@@ -26,6 +26,6 @@ pub mod path;
 
 pub use controllers::to_oci;
 pub use host::Host;
-pub use manager::Manager;
+pub use manager::{Entrance, Manager};
 pub use oom::OomWatch;
 pub use path::CgroupPath;

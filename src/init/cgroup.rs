@@ -5,7 +5,8 @@ use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount};
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use super::bundle::Bundle;
@@ -14,7 +15,7 @@ use super::options::Options;
 use super::resolve::{self, Kind};
 use super::stage2::Child;
 use super::{channel, mounts};
-use crate::cgroups::Manager;
+use crate::cgroups::{Entrance, Manager};
 use crate::sys;
 
 /// Where the hierarchies are mounted on every host we know.
@@ -45,26 +46,40 @@ pub(super) fn path(bundle: &Bundle) -> Result<Option<String>> {
     Ok(Some(format!("/{}", text.trim_matches('/'))))
 }
 
-/// Makes the cgroup with the spec's limits.
-pub(super) fn create(bundle: &Bundle, path: &str) -> Result<Manager> {
-    let manager = Manager::create(path)?;
-    if let Some(resources) = bundle.linux.resources() {
-        manager.apply(resources)?;
+/// Makes the rest of the cgroup, whose v2 directory is there and has stage 2 in it, with the spec's limits.
+///
+/// Device rules take effect only once stage 2 has made the nodes, for which a spec need not give permission. On v1 that is so
+/// because it joins afterwards; on v2 `nodes_made` waits for it.
+pub(super) fn complete(bundle: &Bundle, group: &Manager, nodes_made: impl FnOnce() -> Result) -> Result {
+    group.create_v1()?;
+    let Some(resources) = bundle.linux.resources() else { return Ok(()) };
+    if !group.has_v2_devices() {
+        return Ok(group.apply(resources)?);
     }
-    Ok(manager)
+    let (mut devices, mut others) = (LinuxResources::default(), resources.clone());
+    devices.set_devices(resources.devices().clone());
+    others.set_devices(None);
+    group.apply(&others)?;
+    nodes_made()?;
+    Ok(group.apply(&devices)?)
 }
 
-/// Takes away what [`create`] made, after the processes have gone.
-pub(super) fn discard(path: &str) {
+/// Takes away what stage 1 made, after the processes have gone. A group in which somebody else is (`maybe_foreign`) stays.
+pub(super) fn discard(path: &str, maybe_foreign: bool) {
     // The failure that led here is what gets reported; leftovers of the group are found by the daemon's recovery.
-    if let Ok(manager) = Manager::open(path) {
-        let _ = manager.delete();
+    match Manager::open(path) {
+        Ok(manager) if maybe_foreign => manager.remove_if_empty(),
+        Ok(manager) => drop(manager.delete()),
+        Err(_) => {}
     }
 }
 
 /// The step: waits for stage 1 to place this process (or for the daemon to), then makes the cgroup namespace.
 pub(super) fn enter(child: &mut Child<'_>) -> Result {
-    channel::wait(child.stage1.as_fd()).on("stage 1")?;
+    if child.group.as_ref().is_some_and(Manager::has_v2_devices) {
+        channel::signal(child.stage1.as_fd()).on("stage 1")?;
+    }
+    join(child)?;
     let own = child.bundle.namespace(LinuxNamespaceType::Cgroup) == Some(false);
     let shown = child.bundle.spec.mounts().iter().flatten().any(mounts::is_cgroup);
     if child.bundle.extras.foreign_cgroup && (own || shown) {
@@ -77,6 +92,32 @@ pub(super) fn enter(child: &mut Child<'_>) -> Result {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP).on("cgroup namespace")?;
     }
     Ok(())
+}
+
+/// Waits until stage 1 is ready and joins the v1 hierarchies, unless that is stage 1's work (see [`joins_itself`]).
+fn join(child: &mut Child<'_>) -> Result {
+    channel::wait(child.stage1.as_fd()).on("stage 1")?;
+    if let Some(group) = child.group.as_ref().filter(|_| joins_itself(child.new)) {
+        group.entrance()?.enter()?;
+    }
+    Ok(())
+}
+
+/// Whether stage 2 may write to the cgroup's files. Root of a user namespace of its own may not: stage 1 moves it then.
+pub(super) fn joins_itself(new: CloneFlags) -> bool {
+    !new.contains(CloneFlags::CLONE_NEWUSER)
+}
+
+/// The step of an exec, while the host's files are in sight: opens the container's cgroup.
+pub(super) fn open_entrance(child: &mut Child<'_>) -> Result {
+    child.entrance = child.group.as_ref().map(Manager::entrance).transpose()?;
+    Ok(())
+}
+
+/// The step of an exec: joins it, late, so that neither its processor nor its memory limit counts for the steps before.
+pub(super) fn enter_open(child: &mut Child<'_>) -> Result {
+    channel::wait(child.stage1.as_fd()).on("stage 1")?;
+    Ok(child.entrance.take().as_ref().map_or(Ok(()), Entrance::enter)?)
 }
 
 /// Lines of `/proc/<pid>/cgroup` as controller names (or `name=x`, or nothing for v2) to path.

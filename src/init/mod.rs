@@ -40,7 +40,7 @@ use crate::model::image::RootMount;
 
 pub use holder::{pause, spawn_pid_holder};
 
-/// Step that fails when the cgroup is not ours; the group is left alone then.
+/// Step that may fail because the cgroup is not ours; a group that is in use is left alone then.
 const CREATE_CGROUP: &str = "create cgroup";
 
 /// Makes a container whose first process is set up and waits. Blocks for some milliseconds.

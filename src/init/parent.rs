@@ -108,9 +108,9 @@ fn listen(sync: &OwnedFd) -> Heard {
 fn give_up(heard: &mut Heard) -> Option<StepError> {
     let status = heard.pid.and_then(reap);
     let failed = heard.failed.take();
-    // A group that could not be made may be somebody else's.
-    if let Some(path) = heard.cgroup.take_if(|_| failed.as_ref().is_none_or(|e| e.step != CREATE_CGROUP)) {
-        cgroup::discard(&path);
+    if let Some(path) = heard.cgroup.take() {
+        // A group that could not be made may be somebody else's.
+        cgroup::discard(&path, failed.as_ref().is_some_and(|e| e.step == CREATE_CGROUP));
     }
     failed.or_else(|| {
         let signal = status?.terminating_signal()?;

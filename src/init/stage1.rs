@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use nix::sched::CloneFlags;
 use oci_spec::runtime::Process;
 use rustix::fs::CWD;
-use rustix::pipe::PipeFlags;
 use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Signal};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
@@ -84,25 +83,30 @@ fn create_stage2(request: CreateRequest, sync: &OwnedFd) -> Result<(), StepError
         let text = fs::read_to_string("/proc/self/cgroup").on("/proc/self/cgroup").map_err(named("create cgroup"))?;
         inherited_cgroups = cgroup::parse(&text);
     }
+    let group = group.as_deref().map(Manager::open).transpose().map_err(|e| Fault::from(e).at(super::CREATE_CGROUP))?;
+    // The rest is made while stage 2 mounts.
+    let into = group.as_ref().map(Manager::create_v2).transpose().map_err(|e| Fault::from(e).at(super::CREATE_CGROUP))?.flatten();
     let mut request = Some((request.rootfs, request.stdio, namespaces.join, filter, inherited_cgroups));
-    let spawned = spawn(new, |stage1, root| {
+    let spawned = spawn(new, into.as_ref(), |stage1, root| {
         let (rootfs, stdio, join, filter, inherited_cgroups) = request.take()?;
-        Some(Child { rootfs, new, join, inherited_cgroups, ..child(&bundle, process, stdio, filter, sync.as_fd(), stage1, root, true) })
-    })
-    .map_err(named("clone"))?;
-    let placed = announce(sync.as_fd(), spawned.pid, group.clone()).map_err(named("clone")).and_then(|()| {
-        if new.contains(CloneFlags::CLONE_NEWUSER) {
-            map_users(&bundle, &spawned).map_err(named("map users"))?;
-        }
-        adjust_oom(process, spawned.pid).map_err(named("set OOM score"))?;
-        if let Some(path) = &group {
-            let manager = cgroup::create(&bundle, path).map_err(named(super::CREATE_CGROUP))?;
-            add(&manager, spawned.pid).map_err(named("enter cgroup"))?;
-        }
-        Ok(())
+        let group = group.clone();
+        Some(Child { rootfs, new, join, inherited_cgroups, group, ..child(&bundle, process, stdio, filter, sync.as_fd(), stage1, root, true) })
     });
-    placed?;
-    channel::signal(spawned.pipe.as_fd()).on("stage 2").map_err(named("enter cgroup"))
+    if let (Err(_), Some(group)) = (&spawned, &group) {
+        group.remove_if_empty();
+    }
+    let spawned = spawned.map_err(named("clone"))?;
+    announce(sync.as_fd(), spawned.pid, group.as_ref().map(|g| g.path().to_owned())).map_err(named("clone"))?;
+    if new.contains(CloneFlags::CLONE_NEWUSER) {
+        map_users(&bundle, &spawned).map_err(named("map users"))?;
+    }
+    adjust_oom(process, spawned.pid).map_err(named("set OOM score"))?;
+    if let Some(group) = &group {
+        let nodes_made = || channel::wait(spawned.line.as_fd()).on("stage 2");
+        cgroup::complete(&bundle, group, nodes_made).map_err(named(super::CREATE_CGROUP))?;
+        place(group, &spawned, cgroup::joins_itself(new)).map_err(named("enter cgroup"))?;
+    }
+    channel::signal(spawned.line.as_fd()).on("stage 2").map_err(named("enter cgroup"))
 }
 
 fn exec_stage2(request: ExecRequest, sync: &OwnedFd) -> Result<(), StepError> {
@@ -111,19 +115,21 @@ fn exec_stage2(request: ExecRequest, sync: &OwnedFd) -> Result<(), StepError> {
     let process: Process = serde_json::from_slice(&request.process).map_err(|e| Fault::new(format_args!("process: {e}"), libc::EINVAL).at("read request"))?;
     let filter = Filter::load(&bundle).map_err(named("read system call filter"))?;
     let target = target(request.pid).map_err(named("join namespaces"))?;
+    let group = request.cgroup.as_ref().map(|g| Manager::open(&g.path)).transpose().map_err(|e| Fault::from(e).at("enter cgroup"))?;
+    let into = group.as_ref().and_then(Manager::open_v2);
     let mut request_parts = Some((request.stdio, target, filter));
-    let spawned = spawn(CloneFlags::empty(), |stage1, root| {
+    let spawned = spawn(CloneFlags::empty(), into.as_ref(), |stage1, root| {
         let (stdio, target, filter) = request_parts.take()?;
-        Some(Child { target: Some(target), ..child(&bundle, &process, stdio, filter, sync.as_fd(), stage1, root, false) })
+        let group = group.clone();
+        Some(Child { target: Some(target), group, ..child(&bundle, &process, stdio, filter, sync.as_fd(), stage1, root, false) })
     })
     .map_err(named("clone"))?;
     announce(sync.as_fd(), spawned.pid, None).map_err(named("clone"))?;
     adjust_oom(&process, spawned.pid).map_err(named("set OOM score"))?;
-    if let Some(group) = &request.cgroup {
-        let manager = Manager::open(&group.path).map_err(Fault::from).map_err(named("enter cgroup"))?;
-        add(&manager, spawned.pid).map_err(named("enter cgroup"))?;
+    if let Some(group) = &group {
+        place(group, &spawned, true).map_err(named("enter cgroup"))?;
     }
-    channel::signal(spawned.pipe.as_fd()).on("stage 2").map_err(named("enter cgroup"))
+    channel::signal(spawned.line.as_fd()).on("stage 2").map_err(named("enter cgroup"))
 }
 
 /// A [`Child`] with nothing done yet.
@@ -150,6 +156,8 @@ fn child<'a>(
         sync,
         stage1,
         root,
+        group: None,
+        entrance: None,
         console: None,
         proc: None,
         cgroups: Default::default(),
@@ -165,19 +173,22 @@ fn child<'a>(
 struct Spawned {
     pid: Pid,
     /// Written to go on; its closing tells stage 2 that stage 1 has failed.
-    pipe: OwnedFd,
+    line: OwnedFd,
+    /// It was born in its v2 group.
+    in_v2: bool,
 }
 
-fn spawn<'a>(new: CloneFlags, make: impl FnOnce(OwnedFd, OwnedFd) -> Option<Child<'a>>) -> Result<Spawned> {
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).on("pipe")?;
+fn spawn<'a>(new: CloneFlags, into: Option<&OwnedFd>, make: impl FnOnce(OwnedFd, OwnedFd) -> Option<Child<'a>>) -> Result<Spawned> {
+    let (ours, theirs) = channel::pair().on("socket pair")?;
     let root = stage2::open_root().on("/")?;
     // Taken by the child's copy only.
-    let mut write = Some(write);
-    let pid = sys::clone::sibling(new.bits(), || {
-        write = None;
-        make(read, root).map_or(1, stage2::main)
+    let mut ours = Some(ours);
+    let spawned = sys::clone::sibling(new.bits(), into.map(AsFd::as_fd), || {
+        ours = None;
+        make(theirs, root).map_or(1, stage2::main)
     });
-    Ok(Spawned { pid: pid.on(format_args!("{new:?}"))?, pipe: write.ok_or_else(|| Fault::new("pipe", libc::EBADF))? })
+    let (pid, in_v2) = spawned.on(format_args!("{new:?}"))?;
+    Ok(Spawned { pid, line: ours.ok_or_else(|| Fault::new("socket pair", libc::EBADF))?, in_v2 })
 }
 
 fn announce(sync: BorrowedFd<'_>, pid: Pid, cgroup: Option<String>) -> Result {
@@ -185,8 +196,15 @@ fn announce(sync: BorrowedFd<'_>, pid: Pid, cgroup: Option<String>) -> Result {
     channel::send(sync, &Message::Spawned { pid, cgroup }, None).on("parent")
 }
 
-fn add(manager: &Manager, pid: Pid) -> Result {
-    Ok(manager.add(pid.as_raw_nonzero().get().unsigned_abs())?)
+/// Stage 1's part of placing stage 2: what birth and its own joining leave over. Moving another process stops all forks of the
+/// machine for a moment and costs milliseconds.
+fn place(group: &Manager, spawned: &Spawned, joins_itself: bool) -> Result {
+    let pid = spawned.pid.as_raw_nonzero().get().unsigned_abs();
+    Ok(match (joins_itself, spawned.in_v2) {
+        (true, true) => (),
+        (true, false) => group.add_v2(pid)?,
+        (false, _) => group.add(pid)?,
+    })
 }
 
 fn map_users(bundle: &Bundle, spawned: &Spawned) -> Result {
@@ -199,7 +217,7 @@ fn map_users(bundle: &Bundle, spawned: &Spawned) -> Result {
         let path = format!("/proc/{}/{file}", spawned.pid.as_raw_nonzero());
         fs::write(&path, id_map(mappings)).on(path)?;
     }
-    channel::signal(spawned.pipe.as_fd()).on("stage 2")
+    channel::signal(spawned.line.as_fd()).on("stage 2")
 }
 
 /// Sets the OOM score; one lower than ours may need a capability that we lack: then it stays ours.

@@ -15,6 +15,7 @@ use super::launch::{self, Program};
 use super::namespaces::Join;
 use super::settings::{self, Filter};
 use super::{Stdio, cgroup, devices, mounts, procfs, root};
+use crate::cgroups::{Entrance, Manager};
 use crate::model::image::RootMount;
 use crate::sys;
 
@@ -34,10 +35,15 @@ pub(super) struct Child<'a> {
     pub(super) target: Option<(OwnedFd, bool)>,
     /// To the parent.
     pub(super) sync: BorrowedFd<'a>,
-    /// From stage 1: one byte when the user mapping is written (new user namespace only), one when the cgroup is joined.
+    /// From stage 1: one byte when the user mapping is written (new user namespace only), one when the cgroup is ready to join.
+    /// To it: one byte when the device nodes are made (v2 only).
     pub(super) stage1: OwnedFd,
     /// The container's root; before it is mounted, the host's.
     pub(super) root: OwnedFd,
+    /// The container's cgroup, when it is ours to join; v2 we were born in.
+    pub(super) group: Option<Manager>,
+    /// The same, open (exec).
+    pub(super) entrance: Option<Entrance>,
     /// Terminal master and its other side.
     pub(super) console: Option<(OwnedFd, OwnedFd)>,
     /// A procfs of our own, made when needed.
@@ -84,12 +90,13 @@ const CREATE: &[Step] = &[
 /// A process in a container that runs.
 const EXEC: &[Step] = &[
     ("start session", session),
+    ("open cgroup", cgroup::open_entrance),
     ("join namespaces", join_target),
     ("open console", devices::console),
     ("prepare program", launch::prepare),
     ("set standard streams", devices::streams),
     ("set security label", settings::labels),
-    ("enter cgroup", placed),
+    ("enter cgroup", cgroup::enter_open),
 ];
 
 /// Both: what the process itself is allowed. Each step needs rights that a later one takes.
@@ -185,10 +192,6 @@ fn hostname(child: &mut Child<'_>) -> Result {
         }
     }
     Ok(())
-}
-
-fn placed(child: &mut Child<'_>) -> Result {
-    channel::wait(child.stage1.as_fd()).on("stage 1")
 }
 
 /// Nothing but the three streams reaches the program. The rest is still in use and closed by execve.

@@ -3,10 +3,13 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rustix::process::Pid;
 
+/// `CLONE_INTO_CGROUP` of `linux/sched.h`; the `libc` crate's constant has too narrow a type.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
 /// Exit code of a child whose closure panicked.
 const PANICKED: i32 = 101;
 
@@ -25,9 +28,12 @@ pub fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
 /// A sibling (child of the caller's parent, `CLONE_PARENT`) in the new namespaces of `flags` (`CLONE_NEW*`). It runs `child`
 /// and leaves with its result. Its memory is a copy, as after fork.
 ///
+/// It is born in the v2 group `into`, if the kernel takes it there; whether it did comes back. It may not: before Linux 5.7, at
+/// the group's limit of processes, or when the group has handed its controllers to groups below.
+///
 /// # Errors
 /// As clone3(2).
-pub fn sibling(flags: i32, child: impl FnOnce() -> i32) -> io::Result<Pid> {
+pub fn sibling(flags: i32, into: Option<BorrowedFd<'_>>, child: impl FnOnce() -> i32) -> io::Result<(Pid, bool)> {
     // CLONE_PARENT takes over the caller's exit signal, so none may be given.
     let args = libc::clone_args {
         flags: (flags as u32 | libc::CLONE_PARENT as u32).into(),
@@ -42,7 +48,15 @@ pub fn sibling(flags: i32, child: impl FnOnce() -> i32) -> io::Result<Pid> {
         set_tid_size: 0,
         cgroup: 0,
     };
-    raw_clone(&args, child)
+    if let Some(group) = into {
+        let fd = group.as_raw_fd().unsigned_abs().into();
+        let placed = libc::clone_args { flags: args.flags | CLONE_INTO_CGROUP, cgroup: fd, ..args };
+        let pid = clone3(&placed);
+        if pid >= 0 {
+            return after(pid, child).map(|pid| (pid, true));
+        }
+    }
+    after(clone3(&args), child).map(|pid| (pid, false))
 }
 
 /// A child in the new namespaces of `flags` (`CLONE_NEW*`); otherwise as [`fork`].
@@ -63,13 +77,12 @@ pub fn child_in(flags: i32, child: impl FnOnce() -> i32) -> io::Result<Pid> {
         set_tid_size: 0,
         cgroup: 0,
     };
-    raw_clone(&args, child)
+    after(clone3(&args), child)
 }
 
-fn raw_clone(args: &libc::clone_args, child: impl FnOnce() -> i32) -> io::Result<Pid> {
+fn clone3(args: &libc::clone_args) -> i64 {
     // SAFETY: no CLONE_VM and no stack: this is fork with flags; `args` lives for the call and has the size given.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_ref(args), size_of::<libc::clone_args>()) };
-    after(pid, child)
+    unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_ref(args), size_of::<libc::clone_args>()) }
 }
 
 fn after(pid: i64, child: impl FnOnce() -> i32) -> io::Result<Pid> {

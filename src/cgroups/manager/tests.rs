@@ -206,12 +206,16 @@ fn out_of_memory_is_counted_and_announced() {
 }
 
 #[test]
-fn add_self_moves_a_forked_child() {
+fn a_forked_child_joins_by_itself() {
     let scratch = Scratch::new("self");
     let manager = scratch.0.clone();
     let mut command = Command::new("sleep");
     command.arg("1000");
-    crate::sys::testing::before_exec(&mut command, move || manager.add_self().map_err(std::io::Error::other));
+    let join = move || {
+        manager.entrance()?.enter()?;
+        manager.add_v2(std::process::id())
+    };
+    crate::sys::testing::before_exec(&mut command, move || join().map_err(std::io::Error::other));
     let mut child = command.spawn().unwrap();
     assert_eq!(scratch.0.procs_anywhere().unwrap(), [child.id()]);
     for h in scratch.0.host.hierarchies() {
