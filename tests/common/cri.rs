@@ -60,7 +60,12 @@ impl Node {
 
     /// RunPodSandbox.
     pub async fn run_pod(&self, config: &api::PodSandboxConfig) -> Result<String, Status> {
-        let request = api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        self.run_pod_on("", config).await
+    }
+
+    /// RunPodSandbox under a runtime handler.
+    pub async fn run_pod_on(&self, handler: &str, config: &api::PodSandboxConfig) -> Result<String, Status> {
+        let request = api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
         Ok(self.runtime().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
     }
 
@@ -90,6 +95,17 @@ impl Node {
     /// RemoveContainer.
     pub async fn remove_container(&self, id: &str) -> Result<(), Status> {
         self.runtime().remove_container(api::RemoveContainerRequest { container_id: id.to_owned() }).await.map(|_| ())
+    }
+
+    /// PullImage of any name.
+    pub async fn pull_named(&self, name: &str) -> Result<String, Status> {
+        let request = api::PullImageRequest { image: Some(api::ImageSpec { image: name.to_owned(), ..Default::default() }), ..Default::default() };
+        Ok(self.images().pull_image(request).await?.into_inner().image_ref)
+    }
+
+    /// StopPodSandbox.
+    pub async fn stop_pod(&self, id: &str) -> Result<(), Status> {
+        self.runtime().stop_pod_sandbox(api::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() }).await.map(|_| ())
     }
 
     /// StopPodSandbox and RemovePodSandbox.

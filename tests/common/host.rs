@@ -42,9 +42,13 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
-        std::thread::yield_now();
-        nix::poll::poll(&mut [], nix::poll::PollTimeout::from(5u8)).unwrap();
+        pause();
     }
+}
+
+/// A moment between two looks at something that nothing announces.
+pub fn pause() {
+    nix::poll::poll(&mut [], nix::poll::PollTimeout::from(5u8)).unwrap();
 }
 
 /// What a runtime could leave behind, each as one line of text.

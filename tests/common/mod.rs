@@ -139,6 +139,47 @@ impl Node {
         }
     }
 
+    /// SIGTERM, as an upgrade does it; the daemon must leave by itself and without an error.
+    pub fn terminate_daemon(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().cast_signed()), nix::sys::signal::Signal::SIGTERM).unwrap();
+        let mut status = None;
+        host::wait_until("the daemon leaves", || {
+            status = daemon.try_wait().unwrap();
+            status.is_some()
+        });
+        assert!(status.unwrap().success(), "{status:?}\n{}", self.daemon_log());
+    }
+
+    /// Starts one more daemon, which must refuse to run with this configuration file; gives what it says.
+    pub fn refused_daemon(&self, config: &Path) -> String {
+        let (out, err) = (self.dir.path().join("refused.out"), self.dir.path().join("refused.err"));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mesocri"))
+            .arg("daemon")
+            .arg("--config")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create(&out).unwrap())
+            .stderr(std::fs::File::create(&err).unwrap())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        let status = loop {
+            match child.try_wait().unwrap() {
+                Some(status) => break Some(status),
+                None if start.elapsed() > Duration::from_secs(20) => break None,
+                None => host::pause(),
+            }
+        };
+        if status.is_none() {
+            let _ = child.kill();
+            child.wait().unwrap();
+        }
+        let text = std::fs::read_to_string(&out).unwrap() + &std::fs::read_to_string(&err).unwrap();
+        assert!(status.is_some_and(|s| !s.success()), "the daemon must not run: {status:?}\n{text}");
+        text
+    }
+
     /// Whether the daemon has died by itself (a fail point); reaps it.
     pub fn daemon_died(&mut self) -> bool {
         let died = self.daemon.as_mut().is_some_and(|d| d.try_wait().unwrap().is_some());

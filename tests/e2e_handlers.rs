@@ -1,0 +1,92 @@
+//! End to end: pods whose runtime handler is another shim, with a daemon restart in the middle. Needs Debian's packages
+//! `containerd`, `runc` and `crun`.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::Node;
+use common::cri::{code, pod, shell};
+use mesocri::wire::cri as api;
+use tonic::Code;
+
+/// crun refuses a hybrid host whose v2 hierarchy has a controller. In a mount namespace of the test's own, the last one (huge
+/// pages) is mounted as v1 first; where that is not needed or not possible nothing is lost.
+fn own_mounts_for_crun() {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
+    let hugetlb = std::path::Path::new("/sys/fs/cgroup/hugetlb");
+    if std::fs::create_dir_all(hugetlb).is_ok() {
+        let _ = mount(Some("cgroup"), hugetlb, Some("cgroup"), MsFlags::empty(), Some("hugetlb"));
+    }
+}
+
+/// A program that waits and needs no library: the test build of `mesocri-init` is linked dynamically.
+fn static_pause(node: &Node) -> std::path::PathBuf {
+    let (source, program) = (node.dir.path().join("pause.c"), node.dir.path().join("pause"));
+    std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
+    assert!(std::process::Command::new("cc").arg("-static").arg("-o").arg(&program).arg(&source).status().unwrap().success());
+    program
+}
+
+async fn a_pod_lives_under(handler: &str) {
+    let mut node = Node::prepare("");
+    node.extra_config = format!(
+        "[launcher]\npause = {:?}\n[launcher.handlers.{handler}]\nruntime = 'io.containerd.runc.v2'\n[launcher.handlers.{handler}.options]\nBinaryName = '{handler}'\nRoot = '/run/mesocri-e2e-{handler}'\n",
+        static_pause(&node)
+    );
+    node.start_registry();
+    node.start_daemon(&[]);
+    node.pull().await;
+    let handlers = node.runtime().status(api::StatusRequest::default()).await.unwrap().into_inner().runtime_handlers;
+    assert!(handlers.iter().any(|h| h.name == handler), "{handlers:?}");
+
+    let config = pod(&node, handler);
+    let id = node.run_pod_on(handler, &config).await.unwrap();
+    let status = node.pod_status(&id).await.unwrap();
+    assert_eq!((status.runtime_handler.as_str(), status.state), (handler, api::PodSandboxState::SandboxReady as i32));
+    let ip = status.network.unwrap().ip;
+    let script = "echo out; echo err >&2; trap 'exit 7' TERM; n=0; while :; do n=$((n+1)); sleep 0.05; done";
+    let mut limited = shell("c", script);
+    limited.linux.as_mut().unwrap().resources = Some(api::LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() });
+    let container = node.launch(&id, &config, &limited).await;
+    let seen = format!("{handler}\ninet {ip}\n");
+    let look = "hostname; ip addr show eth0 | grep -o 'inet [0-9.]*'; echo oops >&2; exit 3";
+    assert_eq!(node.exec(&container, look, 20).await.unwrap(), (3, seen.clone(), "oops\n".to_owned()));
+    assert_eq!(code(node.exec(&container, "sleep 4321", 1).await), Code::DeadlineExceeded);
+    let other = node.launch(&id, &config, &shell("other", "exit 5")).await;
+    assert_eq!(node.wait_exit(&other).await.exit_code, 5);
+
+    node.kill_daemon();
+    node.start_daemon(&[]);
+    assert_eq!(node.pod_status(&id).await.unwrap().network.unwrap().ip, ip);
+    let status = node.status(&container).await.unwrap();
+    assert_eq!(status.state, api::ContainerState::ContainerRunning as i32);
+    assert_eq!(node.exec(&container, look, 20).await.unwrap(), (3, seen, "oops\n".to_owned()));
+    let stats = node.runtime().container_stats(api::ContainerStatsRequest { container_id: container.clone() }).await.unwrap().into_inner().stats.unwrap();
+    assert!(stats.memory.unwrap().working_set_bytes.unwrap().value > 0);
+    node.stop_container(&container, 30).await.unwrap();
+    let status = node.status(&container).await.unwrap();
+    assert_eq!((status.exit_code, status.reason.as_str()), (7, "Error"));
+    assert_eq!(node.log(&container).await, ("out\n".to_owned(), "err\n".to_owned()));
+    node.remove_container(&container).await.unwrap();
+    assert_eq!(code(node.status(&container).await), Code::NotFound);
+    assert_eq!(node.status(&other).await.unwrap().exit_code, 5);
+    // One runs on when its pod goes.
+    node.launch(&id, &config, &shell("late", "exec sleep 1000")).await;
+    node.remove_all_pods().await;
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_pod_lives_under_runc() {
+    a_pod_lives_under("runc").await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_pod_lives_under_crun() {
+    own_mounts_for_crun();
+    a_pod_lives_under("crun").await;
+}
