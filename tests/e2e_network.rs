@@ -221,7 +221,8 @@ async fn failing_cni_plugins_are_quoted_undone_and_tried_again() {
 
     let config = pod(&node, "fails");
     let before = host::Snapshot::take(&node.cgroup);
-    std::fs::write(dir.join("fail-ADD"), r#"{"cniVersion":"1.0.0","code":107,"msg":"no address is left","details":"range 10.66.0.0/24 has 254 holders"}"#).unwrap();
+    std::fs::write(dir.join("fail-ADD"), r#"{"cniVersion":"1.0.0","code":107,"msg":"no address is left","details":"range 10.66.0.0/24 has 254 holders"}"#)
+        .unwrap();
     let error = node.run_pod(&config).await.unwrap_err();
     for part in ["fake", "ADD", "no address is left", "range 10.66.0.0/24 has 254 holders"] {
         assert!(error.message().contains(part), "{part:?} in {error}");
