@@ -176,7 +176,8 @@ async fn the_store_is_as_large_as_du_says() {
     let config = pod(&node, "p");
     let id = node.run_pod(&config).await.unwrap();
     node.create(&id, &config, &shell("c", "true")).await.unwrap();
-    agree(&info().await);
+    // Writable layers are counted in the background, so with one the answer may be seconds old: not compared here.
+    assert!(info().await.used_bytes.unwrap().value > 0);
     node.remove_all_pods().await;
     agree(&info().await);
     node.finish();

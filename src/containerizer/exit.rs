@@ -74,21 +74,26 @@ impl Owner {
             Ended::Lost(why) => Exit::lost(clock::now_ns(), why),
         };
         let container = Container::clone(&slot.container);
-        self.end(container, exit).await;
-        self.delete_task(&id);
+        if self.end(container, exit).await {
+            self.delete_task(&id);
+        } else if let Some(slot) = self.slots.get_mut(&id) {
+            // What could not be written down is known to the shim alone: it must keep it until the container is removed.
+            slot.task = Task::Held;
+        }
     }
 
-    /// Record, publish, event of a container's end.
-    pub(super) async fn end(&mut self, container: Container, exit: Exit) {
+    /// Record, publish, event of a container's end. Whether it is recorded.
+    pub(super) async fn end(&mut self, container: Container, exit: Exit) -> bool {
         let started_at = match container.phase {
             ContainerPhase::Running { started_at, .. } | ContainerPhase::Unknown { started_at } | ContainerPhase::Exited { started_at, .. } => started_at,
             ContainerPhase::Creating | ContainerPhase::Created { .. } => 0,
         };
         let message = exit.message.clone();
         let exited = Container { phase: ContainerPhase::Exited { started_at, exit }, message, ..container };
-        self.note_down(&exited).await;
+        let recorded = self.note_down(&exited).await;
         failpoint::hit("exit.recorded");
         self.show(exited, Some(EventKind::Stopped));
+        recorded
     }
 
     /// Deletes the shim's part of an ended container in the background.

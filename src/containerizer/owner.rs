@@ -241,11 +241,14 @@ impl Owner {
         record_container(&self.parts, container).await
     }
 
-    /// Records what has happened already: the world does not change back because a disk is full, so a failure is only said.
-    pub(super) async fn note_down(&self, container: &Container) {
-        if let Err(error) = self.record(container).await {
+    /// Records what has happened already: the world does not change back because a disk is full, so a failure is only said. Whether
+    /// the record holds it now.
+    pub(super) async fn note_down(&self, container: &Container) -> bool {
+        let written = self.record(container).await;
+        if let Err(error) = &written {
             tracing::error!(container = %container.id, %error, "container record could not be written, a restart will ask the shim");
         }
+        written.is_ok()
     }
 
     /// Starts a task that reports to this owner when it ends.

@@ -200,11 +200,12 @@ fn announce(sync: BorrowedFd<'_>, pid: Pid, cgroup: Option<String>) -> Result {
 /// machine for a moment and costs milliseconds.
 fn place(group: &Manager, spawned: &Spawned, joins_itself: bool) -> Result {
     let pid = spawned.pid.as_raw_nonzero().get().unsigned_abs();
-    Ok(match (joins_itself, spawned.in_v2) {
-        (true, true) => (),
+    match (joins_itself, spawned.in_v2) {
+        (true, true) => {}
         (true, false) => group.add_v2(pid)?,
         (false, _) => group.add(pid)?,
-    })
+    }
+    Ok(())
 }
 
 fn map_users(bundle: &Bundle, spawned: &Spawned) -> Result {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
@@ -23,6 +24,9 @@ use crate::stdx::clock::now_ns;
 
 /// Exit code of what never ran.
 const NEVER_RAN: u32 = 255;
+
+/// A process that could not exec ends at once.
+const DYING: Duration = Duration::from_secs(2);
 
 /// Everything this shim knows.
 #[derive(Default)]
@@ -49,6 +53,8 @@ struct Container {
     cgroup: Option<CgroupRef>,
     log: Option<Log>,
     paused: bool,
+    /// Its start failed; the first process dies or is dead.
+    failed: bool,
     execs: BTreeMap<String, Exec>,
 }
 
@@ -188,7 +194,7 @@ impl Supervisor {
             }
         };
         let (bundle, gate, execs) = (bundle.to_owned(), Some(gate), BTreeMap::new());
-        let container = Container { bundle, addresses, process, done, gate, cgroup, log, paused: false, execs };
+        let container = Container { bundle, addresses, process, done, gate, cgroup, log, paused: false, failed: false, execs };
         table.containers.insert(id.to_owned(), container);
         Ok(pid)
     }
@@ -218,8 +224,20 @@ impl Supervisor {
             return container.start_exec(id, exec);
         }
         let gate = container.gate.take().ok_or_else(|| Error::precondition(format!("container {id} is started already")))?;
-        gate.open().map_err(step)?;
+        if let Err(e) = gate.open() {
+            container.failed = true;
+            return Err(step(e));
+        }
         Ok(container.process.pid)
+    }
+
+    /// Resolves when the first process of a container whose start failed is reaped: it is dying when its error arrives, and who
+    /// is told of the failure deletes the container next.
+    pub async fn failed_start_is_over(&self, id: &str) {
+        let process = self.table().containers.get(id).filter(|c| c.failed).map(|c| c.process.clone());
+        if let Some(process) = process {
+            let _ = tokio::time::timeout(DYING, process.reaped()).await;
+        }
     }
 
     /// Sends a signal to one process; to an exec's whole session with SIGKILL; to everything in the container with `all`.

@@ -62,7 +62,11 @@ impl Task for TaskService {
 
     async fn start(&self, _ctx: &TtrpcContext, req: api::StartRequest) -> Answer<api::StartResponse> {
         let mut answer = api::StartResponse::new();
-        answer.pid = self.supervisor.start(&req.id, &req.exec_id).map_err(status)?;
+        let started = self.supervisor.start(&req.id, &req.exec_id);
+        if started.is_err() && req.exec_id.is_empty() {
+            self.supervisor.failed_start_is_over(&req.id).await;
+        }
+        answer.pid = started.map_err(status)?;
         Ok(answer)
     }
 

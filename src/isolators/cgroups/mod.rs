@@ -319,7 +319,8 @@ impl Isolator for Cgroups {
     }
 
     async fn cleanup(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Result<()> {
-        let place = self.place(pod_id, pod)?;
+        // A parent that was refused: nothing was made for it.
+        let Ok(place) = self.place(pod_id, pod) else { return Ok(()) };
         if container.is_none() && !place.ours {
             return Ok(());
         }

@@ -38,7 +38,11 @@ impl Overlay {
         let inside = dir.clone();
         let probed = std::thread::Builder::new().name("overlay-probe".to_owned()).spawn(move || try_mount(&inside)).act("start", "thread")?.join();
         remove::tree(&dir)?;
-        let one_by_one = probed.unwrap_or_else(|_| Err(Error::internal("probe overlay: panicked")))?;
+        let one_by_one = match probed.unwrap_or_else(|_| Err(Error::internal("probe overlay: panicked"))) {
+            // A full disk says nothing about overlay: it is taken to work, in its oldest form, until the next start.
+            Err(e) if e.kind == Kind::ResourceExhausted => false,
+            probed => probed?,
+        };
         Ok(Self { one_by_one })
     }
 }
