@@ -359,6 +359,7 @@ async fn a_full_disk_loses_no_pod() {
     // What there is can be removed while the disk is full.
     node.stop_container(&runs, 0).await.unwrap();
     node.remove_container(&runs).await.unwrap();
+    drop(file);
     std::fs::remove_file(&ballast).unwrap();
     // The file system hands freed blocks out again after its next commit.
     host::run("sync", &["--file-system", &node.root().display().to_string()]);
