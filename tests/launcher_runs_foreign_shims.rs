@@ -6,37 +6,50 @@
 #[path = "common/launch.rs"]
 mod common;
 
+use std::path::{Path, PathBuf};
+
 use common::Bench;
 use mesocri::launcher::config::Handler;
 use mesocri::launcher::{ExecSpec, Launcher, TaskIo, TaskState};
 use mesocri::model::resources::Resources;
 
-/// crun refuses a hybrid host whose v2 hierarchy has a controller. In a mount namespace of the test's own that hierarchy is
-/// taken out of sight, so that it sees a v1 host.
-fn hide_v2_from_crun() {
-    use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+/// crun refuses a hybrid host whose v2 hierarchy has a controller. In a mount namespace of the test's own it sees a v1 host: a
+/// fresh directory with the v1 hierarchies alone (crun makes plain directories for controllers that it misses; they go with it).
+fn show_crun_v1_alone() {
+    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_bind_recursive, mount_change};
+    let host = Path::new("/sys/fs/cgroup");
+    if !host.join("unified").exists() {
+        return;
+    }
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-    // Not there on a pure host.
-    let _ = unmount("/sys/fs/cgroup/unified", UnmountFlags::DETACH);
+    let fresh = tempfile::tempdir().unwrap();
+    mount("tmpfs", fresh.path(), "tmpfs", MountFlags::empty(), None).unwrap();
+    for hierarchy in std::fs::read_dir(host).unwrap().flatten() {
+        let name = hierarchy.file_name();
+        if name != "unified" && hierarchy.file_type().unwrap().is_dir() {
+            std::fs::create_dir(fresh.path().join(&name)).unwrap();
+            mount_bind(hierarchy.path(), fresh.path().join(&name)).unwrap();
+        }
+    }
+    mount_bind_recursive(fresh.path(), host).unwrap();
+    rustix::mount::unmount(fresh.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
 }
 
-async fn bench(name: &'static str) -> Bench {
+async fn bench(name: &'static str, scratch: &Path) -> Bench {
     Bench::with(|config| {
         let mut options = toml::Table::new();
         options.insert("BinaryName".to_owned(), name.into());
-        options.insert("Root".to_owned(), format!("/run/mesocri-test-{name}-{}", std::process::id()).into());
+        options.insert("Root".to_owned(), scratch.join("runtime").to_string_lossy().into_owned().into());
         config.handlers.insert(name.to_owned(), Handler { runtime: "io.containerd.runc.v2".to_owned(), options });
-        config.pause = Some(static_pause());
+        config.pause = Some(static_pause(scratch));
         config.pause_args = vec!["sleep".to_owned(), "1000000".to_owned()];
     })
     .await
 }
 
 /// A program that waits and needs no library: compiled here, because the test build of `mesocri-init` is linked dynamically.
-fn static_pause() -> std::path::PathBuf {
-    let dir = std::env::temp_dir().join(format!("mesocri-test-pause-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+fn static_pause(dir: &Path) -> PathBuf {
     let (source, program) = (dir.join("pause.c"), dir.join("pause"));
     std::fs::write(&source, "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n").unwrap();
     assert!(std::process::Command::new("cc").arg("-static").arg("-o").arg(&program).arg(&source).status().unwrap().success());
@@ -44,11 +57,12 @@ fn static_pause() -> std::path::PathBuf {
 }
 
 async fn a_pod_lives(name: &'static str) {
-    let bench = bench(name).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let bench = bench(name, scratch.path()).await;
     assert_eq!(bench.launcher.handlers(), ["mesocri", name]);
     let plan = bench.sandbox_plan(&["ipc", "uts", "pid"]);
     let sandbox = bench.launcher.create_sandbox(&bench.pod, name, &plan).await.unwrap();
-    assert_eq!(sandbox.namespaces["ipc"], std::path::PathBuf::from(format!("/proc/{}/ns/ipc", sandbox.pid)));
+    assert_eq!(sandbox.namespaces["ipc"], PathBuf::from(format!("/proc/{}/ns/ipc", sandbox.pid)));
     let script = "trap 'exit 6' TERM; echo out; echo err >&2; hostname; while :; do sleep 0.05; done";
     let id = bench.create(&sandbox, &["sh", "-c", script], TaskIo::default()).await.unwrap();
     bench.launcher.start_task(&bench.pod, &id).await.unwrap();
@@ -81,6 +95,6 @@ async fn pods_run_on_runc() {
 
 #[tokio::test]
 async fn pods_run_on_crun() {
-    hide_v2_from_crun();
+    show_crun_v1_alone();
     a_pod_lives("crun").await;
 }
