@@ -1,7 +1,7 @@
 //! The kill matrix: the daemon dies at every named step and at random moments of random work; after a new start everything
 //! running still runs, everything half-made is completed or undone, and nothing at all is left over.
 //!
-//! `MESOCRI_KILL_SEEDS=FROM..TO` chooses the random seeds (default 0..100).
+//! `KILL_SEEDS=FROM..TO` chooses the random seeds (default 0..100).
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -140,8 +140,8 @@ async fn every_fail_point_is_survived() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn random_kills_are_survived() {
-    let range = std::env::var("MESOCRI_KILL_SEEDS").unwrap_or_else(|_| "0..100".to_owned());
-    let (from, to) = range.split_once("..").expect("MESOCRI_KILL_SEEDS=FROM..TO");
+    let range = std::env::var("KILL_SEEDS").unwrap_or_else(|_| "0..100".to_owned());
+    let (from, to) = range.split_once("..").expect("KILL_SEEDS=FROM..TO");
     let mut node = Node::prepare("");
     node.start_registry();
     let before = baseline(&mut node).await;
