@@ -1,19 +1,22 @@
 //! Links, addresses and routes: requests of the rtnetlink crates, sent in batches over [`super::netlink`].
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage as Message;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage, State as LinkState};
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::{AddressMessageBuilder, LinkUnspec, RouteMessageBuilder};
 
 use super::netlink::{Refusal, Socket};
-use crate::model::error::{Error, Result};
+use crate::model::error::{Error, Kind, Result};
 
 /// Index of the loopback in every network namespace.
 pub const LOOPBACK: u32 = 1;
+/// How long a link may take to carry. The kernel's link watch runs at least once a second; the rest is for its work queue.
+const CARRIER: Duration = Duration::from_secs(5);
 
 /// Requests in the order in which the kernel shall run them. A request that fails does not stop those behind it.
 #[derive(Default)]
@@ -131,6 +134,32 @@ impl Rtnl {
             None => found.map(Some).ok_or_else(|| Error::internal(format!("read link {name}: answer cannot be read"))),
             Some(Refusal { errno: libc::ENODEV, .. }) => Ok(None),
             Some(refusal) => Err(refusal.into_error(&format!("read link {name}"))),
+        }
+    }
+
+    /// Waits until packets pass the link of this name. An interface that was brought up drops what it is given until the kernel's
+    /// link watch has run, which on a busy machine is milliseconds later; whoever connects meanwhile waits a second for TCP to try
+    /// again. Since Linux 6.8 asking for a link runs the watch for it, so that the first answer is the last; older kernels
+    /// are asked until it has run by itself.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none; `DeadlineExceeded` when it does not carry within [`CARRIER`].
+    pub fn carrying(&mut self, name: &str) -> Result<()> {
+        let deadline = Instant::now() + CARRIER;
+        loop {
+            let link = self.link(name)?.ok_or_else(|| Error::not_found(format!("link {name}")))?;
+            let state = link.attributes.iter().find_map(|a| match a {
+                LinkAttribute::OperState(state) => Some(*state),
+                _ => None,
+            });
+            // Links that do not tell are never waited for: the kernel uses them at once.
+            if matches!(state, Some(LinkState::Up | LinkState::Unknown) | None) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Error::new(Kind::DeadlineExceeded, format!("wait for link {name} to carry: it is {state:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

@@ -3,17 +3,20 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute};
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkUnspec, LinkVeth};
 
 use super::Config;
-use crate::model::error::{Act, Error, Result};
+use crate::model::error::{Act, Error, Kind, Result};
 use crate::network::rtnl::{self, Batch, LOOPBACK, Rtnl, link_kind};
 use crate::network::subnet::Subnet;
 
 /// Name of the pod's interface inside.
 pub const INSIDE: &str = "eth0";
+/// How long the kernel may take to listen for neighbours; what delays it is the work queue of a busy machine.
+const JOIN: Duration = Duration::from_secs(5);
 /// Name of the host-side interface of the pod with this (first) address: `mc0a580002` for 10.88.0.2. By the address and not by
 /// the pod, so that an interface that outlived its pod cannot be missed when the address is leased again.
 pub fn host_name(address: IpAddr) -> String {
@@ -46,6 +49,7 @@ pub fn ensure_bridge(host: &mut Rtnl, config: &Config, subnets: &[Subnet]) -> Re
         batch = batch.add_address(index, subnet.gateway(), subnet.prefix());
     }
     host.run(batch)?;
+    solicitable(name, subnets.iter().map(Subnet::gateway))?;
     for family in ["ipv4", "ipv6"] {
         if subnets.iter().any(|s| s.is_ipv6() == (family == "ipv6")) {
             enable(if family == "ipv4" { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" })?;
@@ -100,7 +104,40 @@ pub fn configure_inside(inside: &mut Rtnl, addresses: &[(IpAddr, Subnet)]) -> Re
     for (address, subnet) in addresses {
         batch = batch.add_address(index, *address, subnet.prefix()).add_default_route(index, subnet.gateway());
     }
-    inside.run(batch)
+    inside.run(batch)?;
+    solicitable(INSIDE, addresses.iter().map(|(a, _)| *a))
+}
+
+/// Waits until the calling thread's namespace answers neighbours that ask for these IPv6 addresses of `link`: the kernel joins the
+/// group in which they ask (RFC 4291 2.7.1) from a work queue, after it has acknowledged the address. Who asks before
+/// that asks again a second later. There is no event for the join; it takes well under a millisecond on an idle machine.
+///
+/// # Errors
+/// `DeadlineExceeded` after [`JOIN`].
+fn solicitable(link: &str, addresses: impl Iterator<Item = IpAddr>) -> Result<()> {
+    let groups: Vec<String> = addresses.filter_map(solicited_group).collect();
+    let deadline = Instant::now() + JOIN;
+    while !groups.is_empty() {
+        let path = "/proc/thread-self/net/igmp6";
+        let joined = std::fs::read_to_string(path).act("read", path)?;
+        // Columns: index, interface, group, users, flags, timer.
+        let member = |group: &String| joined.lines().map(|l| l.split_ascii_whitespace().skip(1)).any(|mut c| c.next() == Some(link) && c.next() == Some(group));
+        if groups.iter().all(member) {
+            break;
+        }
+        if Instant::now() > deadline {
+            return Err(Error::new(Kind::DeadlineExceeded, format!("wait for link {link} to join {groups:?}")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// The solicited-node group of an IPv6 address, as the kernel prints it.
+fn solicited_group(address: IpAddr) -> Option<String> {
+    let IpAddr::V6(v6) = address else { return None };
+    let [.., a, b, c] = v6.octets();
+    Some(format!("ff0200000000000000000001ff{a:02x}{b:02x}{c:02x}"))
 }
 
 /// A locally administered hardware address made from an IP address: when an address is leased again, neighbours that remember

@@ -224,7 +224,10 @@ impl Inner {
         let namespace = std::fs::File::open(&pin).act("open", pin.display())?;
         let first = addresses.first().map(|(a, _)| *a).ok_or_else(|| Error::internal("bridge has no subnet"))?;
         link::create_pair(&mut host.rtnl, &self.config, bridge, namespace.as_fd(), first)?;
-        link::configure_inside(&mut inside, addresses)
+        link::configure_inside(&mut inside, addresses)?;
+        host.rtnl.carrying(&link::host_name(first))?;
+        host.rtnl.carrying(&self.config.bridge)?;
+        inside.carrying(link::INSIDE)
     }
 
     /// Bridge, table and the pod's host ports. Returns the index of the bridge.

@@ -9,6 +9,7 @@ use super::*;
 use crate::model::error::Kind;
 use crate::model::pod::PortMapping;
 use crate::model::{PodId, PodSpec};
+use crate::network::rtnl::Rtnl;
 use crate::network::switch::Switch;
 use crate::network::testbed::{Bed, attach, host, spec};
 use crate::network::{Config, Network, netns};
@@ -190,9 +191,11 @@ fn pods_leave_with_the_hosts_address() {
         bed.inside(&outside, || {
             let script = "ip link set lo up; ip addr add 198.51.100.2/24 dev out1; ip link set out1 up";
             assert!(std::process::Command::new("sh").args(["-c", script]).status().unwrap().success());
+            Rtnl::open().unwrap().carrying("out1").unwrap();
             serve("198.51.100.2:80");
         })
         .await;
+        Rtnl::open().unwrap().carrying("out0").unwrap();
         let network = bed.open(Config::default()).await;
         let pod = attach(&network, 1).await;
         assert_eq!(bed.inside(&pod[0].0, || ask("198.51.100.2:80").unwrap()).await, "198.51.100.1");
@@ -266,5 +269,26 @@ fn the_rules_are_what_nft_would_have_made() {
         nft.delete("br0").unwrap();
         assert!(!nft.add("br0", std::slice::from_ref(&one)).unwrap());
         nft.remove("br0", &[one]).unwrap();
+    });
+}
+
+/// The kernel switches a new interface on in its own time (link watch). A pod whose network is not carrying yet when it is told
+/// ready loses its first packet, and TCP then waits a whole second.
+#[test]
+fn the_first_packets_of_a_pod_are_not_lost() {
+    host(|bed| async move {
+        let mut config = Config::default();
+        config.bridge.cleanup_when_idle = true;
+        let network = bed.open(config).await;
+        for round in 0..20 {
+            let pod = PodId::random();
+            network.attach(&pod, &spec()).await.unwrap();
+            let server = UdpSocket::bind("10.88.0.1:7").unwrap();
+            server.set_read_timeout(Some(Duration::from_millis(900))).unwrap();
+            bed.inside(&pod, move || UdpSocket::bind("0.0.0.0:7").unwrap().send_to(&[round], "10.88.0.1:7").unwrap()).await;
+            assert_eq!(server.recv(&mut [0; 2]).map_err(|e| format!("round {round}: {e}")), Ok(1));
+            network.detach(&pod, &spec()).await.unwrap();
+        }
+        network.teardown().await.unwrap();
     });
 }
