@@ -38,13 +38,8 @@ impl Manager {
     /// `DeadlineExceeded` after ten seconds, naming processes that do not die.
     pub fn kill(&self) -> Result<()> {
         let deadline = Instant::now() + KILL_LIMIT;
-        if let Some(v2) = self.host.v2() {
-            let group = self.group(v2);
-            // Kernels before 5.14 have no cgroup.kill; the loop below does it then.
-            if matches!(group.write_if_there("cgroup.kill", "1"), Ok(true)) {
-                self.thaw_v1();
-                wait_event(&group, "populated", 0, Instant::now() + EVENT_LIMIT);
-            }
+        if let Some(group) = self.struck_by_kernel() {
+            wait_event(&group, "populated", 0, Instant::now() + EVENT_LIMIT);
         }
         for round in 0.. {
             let pids = self.procs_anywhere()?;
@@ -69,6 +64,42 @@ impl Manager {
             wait_gone(&killed, deadline);
         }
         Ok(())
+    }
+
+    /// Kills every process as [`Manager::kill`] does, but without waiting where the kernel kills a whole group at once (v2 since
+    /// 5.14, also beside v1). A process that has left that group and stayed in one of v1 is found by [`Manager::remove`].
+    ///
+    /// # Errors
+    /// As [`Manager::kill`].
+    pub fn strike(&self) -> Result<()> {
+        match self.struck_by_kernel() {
+            Some(_) => Ok(()),
+            None => self.kill(),
+        }
+    }
+
+    /// [`Manager::delete`] for a group in which processes may be left: they are looked for, and killed, only if it is in use.
+    ///
+    /// # Errors
+    /// As [`Manager::kill`] and [`Manager::delete`].
+    pub fn remove(&self) -> Result<()> {
+        match self.delete() {
+            Err(e) if e.kind == Kind::FailedPrecondition => {
+                self.kill()?;
+                self.delete()
+            }
+            result => result,
+        }
+    }
+
+    /// The v2 group if the kernel has killed all in it (and below): kernels before 5.14 have no `cgroup.kill`.
+    fn struck_by_kernel(&self) -> Option<Group> {
+        let group = self.group(self.host.v2()?);
+        if !matches!(group.write_if_there("cgroup.kill", "1"), Ok(true)) {
+            return None;
+        }
+        self.thaw_v1();
+        Some(group)
     }
 
     /// Suspends all processes; returns when they stand still.

@@ -9,7 +9,7 @@ use oci_spec::runtime::LinuxResources;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-use super::controllers;
+use super::controllers::{self, Detail};
 use super::file::{Group, Reader};
 use super::host::{Controller, Hierarchy, Host, Version};
 use super::path::CgroupPath;
@@ -209,12 +209,12 @@ impl Manager {
         Ok(pids)
     }
 
-    /// A sample of all counters this host has. `None` in a field means that it cannot say.
+    /// A sample of the counters this host has. `None` in a field means that it cannot say, or that less was asked for.
     ///
     /// # Errors
     /// `NotFound` when the group does not exist.
-    pub fn stats(&self) -> Result<CgroupStats> {
-        controllers::stats(self)
+    pub fn stats(&self, detail: Detail) -> Result<CgroupStats> {
+        controllers::stats(self, detail)
     }
 
     /// Processes killed for lack of memory since the group was made; `None` when there is no memory controller or no group.

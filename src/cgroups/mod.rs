@@ -24,7 +24,7 @@ pub mod manager;
 pub mod oom;
 pub mod path;
 
-pub use controllers::to_oci;
+pub use controllers::{Detail, to_oci};
 pub use host::Host;
 pub use manager::{Entrance, Manager};
 pub use oom::OomWatch;

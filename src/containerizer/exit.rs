@@ -57,7 +57,7 @@ pub(super) async fn watch(parts: Arc<Parts>, pod: Arc<Pod>, id: ContainerId) -> 
 
 /// How a process that ended with `code` is shown. Reads the cgroup, so it must come before the task is deleted.
 pub(super) fn exit_of(parts: &Parts, pod: &Pod, id: &ContainerId, code: i32, at: i64) -> Exit {
-    let oom = parts.isolators.usage(&pod.id, &pod.spec, Some(id)).and_then(|usage| usage.oom_kills).unwrap_or(0) > 0;
+    let oom = parts.isolators.oom_kills(&pod.id, &pod.spec, id).unwrap_or(0) > 0;
     Exit::of_process(code, at, oom)
 }
 

@@ -56,6 +56,8 @@ pub async fn run(config: Config) -> Result<()> {
         containerizer.recover().await?;
         tracing::info!("ready");
         notify_systemd();
+        // Best effort: it is only memory.
+        let _ = crate::sys::pages::forget_text();
         Ok::<_, Error>(())
     };
     tokio::select! {

@@ -151,6 +151,13 @@ pub trait Isolator: Send + Sync {
         None
     }
 
+    /// Processes of the container that were killed for lack of memory so far; only the cgroups isolator answers. Synchronous and
+    /// cheap.
+    fn oom_kills(&self, pod_id: &PodId, pod: &PodSpec, container: &ContainerId) -> Option<u64> {
+        let _ = (pod_id, pod, container);
+        None
+    }
+
     /// Gives back what `prepare` acquired for the pod (`container` is `None`) or container. Idempotent; may be called for an
     /// unknown id; always after `prepare` has ended and the processes are dead.
     ///

@@ -96,6 +96,11 @@ impl Isolators {
         self.0.iter().find_map(|i| i.usage(pod_id, pod, container))
     }
 
+    /// The first answer to [`super::Isolator::oom_kills`].
+    pub fn oom_kills(&self, pod_id: &PodId, pod: &PodSpec, container: &ContainerId) -> Option<u64> {
+        self.0.iter().find_map(|i| i.oom_kills(pod_id, pod, container))
+    }
+
     /// Cleans up in reverse order, goes on past failures, returns them all as `isolator: error`.
     pub async fn cleanup(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Vec<String> {
         let mut failures = Vec::new();

@@ -130,7 +130,7 @@ impl Container {
     fn kill_everything(&self) -> Result<()> {
         self.process.signal(libc::SIGKILL)?;
         match &self.cgroup {
-            Some(cgroup) => Manager::open(&cgroup.path)?.kill(),
+            Some(cgroup) => Manager::open(&cgroup.path)?.strike(),
             None => Ok(()),
         }
     }
@@ -307,7 +307,7 @@ impl Supervisor {
         let mut table = self.table();
         let container = table.container(id)?;
         if let Some(cgroup) = &container.cgroup {
-            Manager::open(&cgroup.path)?.delete()?;
+            Manager::open(&cgroup.path)?.remove()?;
         }
         if let Some(container) = table.containers.remove(id) {
             container.process.abandon_streams();

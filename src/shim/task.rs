@@ -16,6 +16,7 @@ use super::io::Addresses;
 use super::metrics;
 use super::process::Exit;
 use super::supervisor::{Status, Supervisor};
+use crate::cgroups::Detail;
 use crate::model::error::{Error, Result};
 use crate::model::image::RootMount;
 
@@ -164,7 +165,7 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _ctx: &TtrpcContext, req: api::StatsRequest) -> Answer<api::StatsResponse> {
-        let stats = self.supervisor.cgroup(&req.id).and_then(|cgroup| cgroup.stats()).and_then(|stats| metrics::any(&stats));
+        let stats = self.supervisor.cgroup(&req.id).and_then(|cgroup| cgroup.stats(Detail::Full)).and_then(|stats| metrics::any(&stats));
         let mut answer = api::StatsResponse::new();
         answer.stats = MessageField::some(stats.map_err(status)?);
         Ok(answer)

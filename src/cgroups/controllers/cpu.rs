@@ -7,7 +7,7 @@
 
 use oci_spec::runtime::{LinuxCpu, LinuxResources};
 
-use super::{Row, none};
+use super::{Detail, Row, none};
 use crate::cgroups::file::{Group, Reader, keys};
 use crate::cgroups::host::Controller;
 use crate::model::error::Result;
@@ -138,19 +138,23 @@ fn cpu_max(now: &str, quota: Option<i64>, period: Option<u64>) -> String {
     format!("{quota} {period}")
 }
 
-fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
-    if let Ok(Some(text)) = reader.read(group, "cpu.stat") {
+fn stats_v1(group: &Group, reader: &mut Reader, detail: Detail, stats: &mut CgroupStats) {
+    if detail == Detail::Full
+        && let Ok(Some(text)) = reader.read(group, "cpu.stat")
+    {
         stats.cpu_throttling = throttling(text, "throttled_time", 1);
     }
 }
 
-fn stats_cpuacct(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
+fn stats_cpuacct(group: &Group, reader: &mut Reader, detail: Detail, stats: &mut CgroupStats) {
     stats.cpu_usage = reader.number(group, "cpuacct.usage");
-    stats.cpu_user = reader.number(group, "cpuacct.usage_user");
-    stats.cpu_system = reader.number(group, "cpuacct.usage_sys");
+    if detail == Detail::Full {
+        stats.cpu_user = reader.number(group, "cpuacct.usage_user");
+        stats.cpu_system = reader.number(group, "cpuacct.usage_sys");
+    }
 }
 
-fn stats_v2(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
+fn stats_v2(group: &Group, reader: &mut Reader, _: Detail, stats: &mut CgroupStats) {
     let Ok(Some(text)) = reader.read(group, "cpu.stat") else { return };
     for (key, micros) in keys(text) {
         let nanos = Some(micros.saturating_mul(1000));

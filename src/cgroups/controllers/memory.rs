@@ -5,7 +5,7 @@
 
 use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
-use super::Row;
+use super::{Detail, Row};
 use crate::cgroups::file::{Group, Reader, keys};
 use crate::cgroups::host::{Controller, Version};
 use crate::model::error::{Error, Result};
@@ -126,20 +126,13 @@ fn limit_of(value: Option<u64>) -> Option<u64> {
     value.filter(|v| *v < UNLIMITED)
 }
 
-fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
+fn stats_v1(group: &Group, reader: &mut Reader, detail: Detail, stats: &mut CgroupStats) {
     let usage = reader.number(group, "memory.usage_in_bytes");
     stats.memory_usage = usage;
-    stats.memory_limit = limit_of(reader.number(group, LIMIT));
-    stats.memory_peak = reader.number(group, "memory.max_usage_in_bytes");
-    stats.memory_failcnt = reader.number(group, "memory.failcnt");
-    stats.memory_kernel = reader.number(group, "memory.kmem.usage_in_bytes");
-    let memsw = reader.number(group, "memory.memsw.usage_in_bytes");
-    stats.swap_usage = memsw.zip(usage).map(|(both, memory)| both.saturating_sub(memory));
-    if stats.swap_usage.is_some() {
-        let room = limit_of(reader.number(group, MEMSW)).zip(stats.memory_limit).map(|(both, memory)| both.saturating_sub(memory));
-        stats.swap_available = room.zip(stats.swap_usage).map(|(room, used)| room.saturating_sub(used));
+    if detail == Detail::Full {
+        stats_v1_rest(group, reader, stats);
     }
-    stats.oom_kills = oom_kills(group, Version::V1, reader);
+    let (mut limit, mut limit_with_swap) = (None, None);
     if let Ok(Some(text)) = reader.read(group, "memory.stat") {
         for (key, value) in keys(text) {
             let field = match key {
@@ -148,6 +141,10 @@ fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
                 "total_mapped_file" => &mut stats.memory_mapped_file,
                 "total_pgfault" => &mut stats.page_faults,
                 "total_pgmajfault" => &mut stats.major_page_faults,
+                // Missing where the kernel does not account for swap.
+                "total_swap" => &mut stats.swap_usage,
+                "hierarchical_memory_limit" => &mut limit,
+                "hierarchical_memsw_limit" => &mut limit_with_swap,
                 "total_inactive_file" => {
                     stats.memory_working_set = usage.map(|u| u.saturating_sub(value));
                     continue;
@@ -157,16 +154,33 @@ fn stats_v1(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
             *field = Some(value);
         }
     }
+    stats.memory_limit = limit_of(limit);
+    if let Some(used) = stats.swap_usage {
+        let room = limit_of(limit_with_swap).zip(stats.memory_limit).map(|(both, memory)| both.saturating_sub(memory));
+        stats.swap_available = room.map(|room| room.saturating_sub(used));
+    }
 }
 
-fn stats_v2(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
+/// What has a file of its own.
+fn stats_v1_rest(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
+    stats.memory_peak = reader.number(group, "memory.max_usage_in_bytes");
+    stats.memory_failcnt = reader.number(group, "memory.failcnt");
+    stats.memory_kernel = reader.number(group, "memory.kmem.usage_in_bytes");
+    stats.oom_kills = oom_kills(group, Version::V1, reader);
+}
+
+fn stats_v2(group: &Group, reader: &mut Reader, detail: Detail, stats: &mut CgroupStats) {
     let usage = reader.number(group, "memory.current");
     stats.memory_usage = usage;
     stats.memory_limit = reader.number(group, "memory.max");
-    stats.memory_peak = reader.number(group, "memory.peak");
     stats.swap_usage = reader.number(group, "memory.swap.current");
     stats.swap_available = stats.swap_usage.and_then(|used| Some(reader.number(group, "memory.swap.max")?.saturating_sub(used)));
-    if let Ok(Some(text)) = reader.read(group, "memory.events") {
+    if detail == Detail::Full {
+        stats.memory_peak = reader.number(group, "memory.peak");
+    }
+    if detail == Detail::Full
+        && let Ok(Some(text)) = reader.read(group, "memory.events")
+    {
         for (key, value) in keys(text) {
             match key {
                 "max" => stats.memory_failcnt = Some(value),

@@ -25,6 +25,15 @@ use crate::model::stats::CgroupStats;
 
 pub use to_oci::to_oci;
 
+/// How much of a sample is wanted. Each file costs some ten microseconds, and lists ask for hundreds of samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// What a kubelet asks for every few seconds: use of CPU, memory, swap and processes, the memory limit that holds, pressure.
+    Summary,
+    /// Everything in [`CgroupStats`].
+    Full,
+}
+
 /// What one controller can do. `group` is the group's directory on the hierarchy where the controller lives.
 pub(super) struct Row {
     /// Where it lives.
@@ -38,9 +47,9 @@ pub(super) struct Row {
     /// Writes the settings through the v2 files.
     apply_v2: fn(&Group, &LinuxResources) -> Result<()>,
     /// Reads what v1 counts.
-    stats_v1: fn(&Group, &mut Reader, &mut CgroupStats),
+    stats_v1: fn(&Group, &mut Reader, Detail, &mut CgroupStats),
     /// Reads what v2 counts.
-    stats_v2: fn(&Group, &mut Reader, &mut CgroupStats),
+    stats_v2: fn(&Group, &mut Reader, Detail, &mut CgroupStats),
 }
 
 /// A place for the verbs that a controller does not have.
@@ -56,7 +65,7 @@ mod none {
         Ok(())
     }
 
-    pub fn stats(_: &Group, _: &mut Reader, _: &mut CgroupStats) {}
+    pub fn stats(_: &Group, _: &mut Reader, _: super::Detail, _: &mut CgroupStats) {}
 }
 
 /// All controllers, in the order of their writes.
@@ -87,13 +96,13 @@ pub(super) fn apply(manager: &Manager, resources: &LinuxResources) -> Result<()>
 }
 
 /// See [`Manager::stats`].
-pub(super) fn stats(manager: &Manager) -> Result<CgroupStats> {
+pub(super) fn stats(manager: &Manager, detail: Detail) -> Result<CgroupStats> {
     let mut stats = CgroupStats { at: crate::stdx::clock::now_ns(), ..CgroupStats::default() };
     let mut reader = Reader::default();
     for row in ROWS {
         if let Some(hierarchy) = manager.host.locate(row.controller) {
             let gather = if hierarchy.version == Version::V1 { row.stats_v1 } else { row.stats_v2 };
-            gather(&manager.group(hierarchy), &mut reader, &mut stats);
+            gather(&manager.group(hierarchy), &mut reader, detail, &mut stats);
         }
     }
     if let Some(v2) = manager.host.v2() {

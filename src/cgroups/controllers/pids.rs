@@ -2,7 +2,7 @@
 
 use oci_spec::runtime::LinuxResources;
 
-use super::Row;
+use super::{Detail, Row};
 use crate::cgroups::file::{Group, Reader};
 use crate::cgroups::host::Controller;
 use crate::model::error::Result;
@@ -21,7 +21,9 @@ fn apply(group: &Group, r: &LinuxResources) -> Result<()> {
     group.write("pids.max", &limit)
 }
 
-fn stats(group: &Group, reader: &mut Reader, stats: &mut CgroupStats) {
+fn stats(group: &Group, reader: &mut Reader, detail: Detail, stats: &mut CgroupStats) {
     stats.pids = reader.number(group, "pids.current");
-    stats.pids_limit = reader.number(group, "pids.max");
+    if detail == Detail::Full {
+        stats.pids_limit = reader.number(group, "pids.max");
+    }
 }

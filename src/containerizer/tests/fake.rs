@@ -33,7 +33,7 @@ pub struct World {
     tasks: Mutex<HashMap<ContainerId, FakeTask>>,
     /// Signals sent: container, number, to all, when.
     pub signals: watch::Sender<Vec<(ContainerId, i32, bool, std::time::Instant)>>,
-    /// What usage says of kills for lack of memory.
+    /// Kills for lack of memory.
     pub oom_kills: Mutex<u64>,
 }
 
@@ -447,7 +447,13 @@ impl Isolator for Recorder {
 
     fn usage(&self, _: &PodId, _: &PodSpec, container: Option<&ContainerId>) -> Option<CgroupStats> {
         let held = container.is_none_or(|id| self.world.held.lock().unwrap().contains(&format!("task {id}")));
-        held.then(|| CgroupStats { oom_kills: Some(*self.world.oom_kills.lock().unwrap()), ..CgroupStats::default() })
+        held.then(CgroupStats::default)
+    }
+
+    fn oom_kills(&self, _: &PodId, _: &PodSpec, container: &ContainerId) -> Option<u64> {
+        // Nobody can tell once the task is deleted.
+        let held = self.world.held.lock().unwrap().contains(&format!("task {container}"));
+        held.then(|| *self.world.oom_kills.lock().unwrap())
     }
 
     async fn cleanup(&self, pod: &PodId, _: &PodSpec, container: Option<&ContainerId>) -> Result<()> {

@@ -23,7 +23,7 @@ use self::place::{PodPlace, scope};
 use self::systemd::Systemd;
 use super::parts::{config, mount, namespace};
 use super::{ContainerCx, Cx, Deps, Entry, Isolator};
-use crate::cgroups::{Host, Manager, to_oci};
+use crate::cgroups::{Detail, Host, Manager, to_oci};
 use crate::disk::Layout;
 use crate::model::error::{Act, Error, Result};
 use crate::model::plan::LaunchPatch;
@@ -315,7 +315,11 @@ impl Isolator for Cgroups {
     }
 
     fn usage(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Option<CgroupStats> {
-        self.group(pod_id, pod, container).ok()?.stats().ok()
+        self.group(pod_id, pod, container).ok()?.stats(Detail::Summary).ok()
+    }
+
+    fn oom_kills(&self, pod_id: &PodId, pod: &PodSpec, container: &ContainerId) -> Option<u64> {
+        self.group(pod_id, pod, Some(container)).ok()?.oom_kills()
     }
 
     async fn cleanup(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Result<()> {

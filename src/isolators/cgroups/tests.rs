@@ -62,7 +62,7 @@ async fn a_pod_from_prepare_to_cleanup() {
     let usage = |c: Option<&ContainerId>| case.isolator.usage(&case.bench.pod_id, &case.bench.pod, c);
     let container = usage(Some(&case.bench.id)).unwrap();
     assert_eq!((container.pids, container.pids_limit, container.memory_limit), (Some(1), Some(9), Some(32 << 20)));
-    assert_eq!(container.oom_kills, Some(0));
+    assert_eq!(case.isolator.oom_kills(&case.bench.pod_id, &case.bench.pod, &case.bench.id), Some(0));
     assert!(usage(None).unwrap().memory_usage.is_some());
     assert!(usage(Some(&ContainerId::from_string("unknown"))).is_none());
 
