@@ -36,6 +36,8 @@ impl Bench {
     /// Sets up everything; engines are not started yet.
     pub async fn start(only: Option<&str>) -> Self {
         let mut node = Node::prepare("");
+        // As on every node: what a reboot may lose is in memory.
+        host::run("mount", &["-t", "tmpfs", "tmpfs", "/run"]);
         node.start_registry();
         // crun refuses a hybrid host while the v2 hierarchy has a controller.
         let _ = std::fs::create_dir_all("/sys/fs/cgroup/hugetlb")
@@ -46,7 +48,10 @@ impl Bench {
         let image = node.dir.path().join("store.img");
         host::run("truncate", &["-s", "12G", &image.display().to_string()]);
         host::run("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", &image.display().to_string()]);
-        host::run("mount", &["-o", "loop,noatime", &image.display().to_string(), &store.display().to_string()]);
+        // Past the page cache of the file system below, as a disk is. The device goes with its mount.
+        let device = host::run("losetup", &["--direct-io=on", "--find", "--show", &image.display().to_string()]);
+        host::run("mount", &["-o", "noatime", device.trim(), &store.display().to_string()]);
+        host::run("losetup", &["-d", device.trim()]);
         let cni = store.join("cni");
         std::fs::create_dir_all(&cni).unwrap();
         std::fs::write(cni.join("10-bench.conflist"), CNI).unwrap();
@@ -145,18 +150,18 @@ fn mesocri(store: &Path, cgroup: &str) -> Engine {
     let dir = store.join("mesocri");
     std::fs::create_dir_all(&dir).unwrap();
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/dist");
+    let state = Path::new("/run/bench-mesocri");
     let config = dir.join("config.toml");
     std::fs::write(
         &config,
         format!(
-            "root = {:?}\nstate = {:?}\n[log]\nlevel = \"warn\"\n[launcher]\nshim = {:?}\n[isolator.cgroups]\ndefault_parent = {cgroup:?}\n",
+            "root = {:?}\nstate = {state:?}\n[log]\nlevel = \"warn\"\n[launcher]\nshim = {:?}\n[isolator.cgroups]\ndefault_parent = {cgroup:?}\n",
             dir.join("root"),
-            dir.join("state"),
             dist.join("containerd-shim-mesocri-v1")
         ),
     )
     .unwrap();
-    let socket = dir.join("state/mesocri.sock");
+    let socket = state.join("mesocri.sock");
     let command = vec![dist.join("mesocri").display().to_string(), "daemon".to_owned(), "--config".to_owned(), config.display().to_string()];
     Engine { name: "mesocri".to_owned(), dir, channel: channel_to(&socket), helpers: &["containerd-shim-mesocri", "mesocri-pod"], command, daemon: None }
 }

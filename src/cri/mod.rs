@@ -68,7 +68,8 @@ pub struct Config {
     /// Announced to the kubelet; the daemon takes it from the cgroups isolator, so that there is one place to set it.
     #[serde(skip)]
     pub cgroup_driver: CgroupDriver,
-    /// Whether read-only mounts can be made so with everything below them (Linux 5.12): announced, and required for requests.
+    /// Whether read-only mounts can be made so with everything below them (Linux 5.12): announced, and required for requests. The
+    /// daemon turns it off on older kernels.
     pub recursive_read_only: bool,
     /// State directory of the daemon; verbose Status names it and conformance tests probe its file system.
     #[serde(skip)]

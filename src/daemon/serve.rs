@@ -28,6 +28,7 @@ const TREE_VERSION: &str = "1\n";
 /// What kept it from starting, or the socket's failure.
 pub async fn run(config: Config) -> Result<()> {
     config.check()?;
+    Isolators::check(&config.isolation, &config.isolator)?;
     let layout = config.layout();
     prepare_tree(&layout)?;
     let _lock = lock(&layout)?;
@@ -79,6 +80,7 @@ pub async fn run(config: Config) -> Result<()> {
 fn cri_config(config: &Config) -> Result<crate::cri::Config> {
     let mut cri = config.cri.clone();
     cri.state_dir.clone_from(&config.state);
+    cri.recursive_read_only &= crate::sys::mount::can_set_attributes();
     if let Some(driver) = config.isolator.get("cgroups").and_then(|t| t.get("driver")) {
         cri.cgroup_driver = driver.clone().try_into().map_err(|e| Error::invalid(format!("read isolator.cgroups.driver: {e}")))?;
     }
@@ -148,5 +150,24 @@ fn notify_systemd() {
     };
     if let Err(e) = sent {
         tracing::warn!(error = %e, "could not notify systemd");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_unknown_isolator_is_refused_before_anything_is_made() {
+        let scratch = tempfile::tempdir().unwrap();
+        let config = Config {
+            root: scratch.path().join("root"),
+            state: scratch.path().join("state"),
+            isolation: vec!["filesystem/linux".into(), "docker/runtime".into(), "typo/linux".into()],
+            ..Config::default()
+        };
+        let error = run(config).await.unwrap_err().to_string();
+        assert!(error.starts_with("unknown isolator \"typo/linux\"; there are "), "{error}");
+        assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
     }
 }

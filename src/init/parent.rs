@@ -58,6 +58,8 @@ struct Heard {
 
 fn supervise(stage1: impl FnOnce(&OwnedFd) -> i32) -> Result<Born, StepError> {
     let (ours, theirs) = channel::pair().on("socket pair").map_err(|f| f.at("fork"))?;
+    // Found here once, every child finds it in its copy of our memory. Whoever needs it and cannot have it says so.
+    let _ = crate::cgroups::Host::get();
     // A signal between here and the child's own reset would run the shim's handlers in the child.
     let mask = sys::process::block_signals();
     // Moved into the closure, the children's end is closed here when fork returns.

@@ -20,21 +20,9 @@ impl Isolators {
     /// `InvalidArgument` for a name that is not in the registry (names match as a whole), one that is listed twice, a missing
     /// requirement and unknown keys; and what the isolator itself refuses.
     pub fn build(isolation: &[String], config: &toml::Table, deps: &Deps) -> Result<Self> {
-        for name in isolation.iter().chain(config.keys()) {
-            if !ENTRIES.iter().any(|entry| entry.name == name) {
-                let known: Vec<_> = ENTRIES.iter().map(|entry| entry.name).collect();
-                return Err(Error::invalid(format!("unknown isolator {name:?}; there are {}", known.join(", "))));
-            }
-        }
-        let listed = |name: &str| isolation.iter().filter(|n| *n == name).count();
+        Self::check(isolation, config)?;
         let mut built: Vec<Arc<dyn Isolator>> = Vec::with_capacity(isolation.len());
-        for entry in ENTRIES.iter().filter(|entry| listed(entry.name) > 0) {
-            if listed(entry.name) > 1 {
-                return Err(Error::invalid(format!("isolator {} is listed twice", entry.name)));
-            }
-            if let Some(missing) = entry.requires.iter().find(|name| listed(name) == 0) {
-                return Err(Error::invalid(format!("isolator {} requires {missing}, which is not listed", entry.name)));
-            }
+        for entry in ENTRIES.iter().filter(|entry| isolation.iter().any(|name| name == entry.name)) {
             let table = match config.get(entry.name) {
                 None => toml::Table::new(),
                 Some(toml::Value::Table(table)) => table.clone(),
@@ -43,6 +31,29 @@ impl Isolators {
             built.push(Arc::from((entry.create)(deps, table)?));
         }
         Ok(Self(built))
+    }
+
+    /// Whether `isolation` can be built, as far as names tell. Touches nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name that is unknown or listed twice, or whose requirement is not listed.
+    pub fn check(isolation: &[String], config: &toml::Table) -> Result<()> {
+        for name in isolation.iter().chain(config.keys()) {
+            if !ENTRIES.iter().any(|entry| entry.name == name) {
+                let known: Vec<_> = ENTRIES.iter().map(|entry| entry.name).collect();
+                return Err(Error::invalid(format!("unknown isolator {name:?}; there are {}", known.join(", "))));
+            }
+        }
+        let listed = |name: &str| isolation.iter().filter(|n| *n == name).count();
+        for entry in ENTRIES.iter().filter(|entry| listed(entry.name) > 0) {
+            if listed(entry.name) > 1 {
+                return Err(Error::invalid(format!("isolator {} is listed twice", entry.name)));
+            }
+            if let Some(missing) = entry.requires.iter().find(|name| listed(name) == 0) {
+                return Err(Error::invalid(format!("isolator {} requires {missing}, which is not listed", entry.name)));
+            }
+        }
+        Ok(())
     }
 
     /// Takes isolators that were built already, in prepare order.
