@@ -4,10 +4,13 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use serde::Deserialize;
+use tokio::io::AsyncReadExt;
+use tokio::process::Command;
 
 use super::client::NAMESPACE;
 use crate::model::PodId;
@@ -66,8 +69,47 @@ pub struct Started {
 /// # Errors
 /// `DeadlineExceeded`; what the shim wrote when it failed.
 pub async fn start(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit: Duration) -> Result<Started> {
-    let output = run(program, pod, bundle, socket, limit, "start").await?;
+    let what = || format!("start shim of pod {}", pod.short());
+    let output = match program {
+        Program::Path(_) => run(program, pod, bundle, socket, limit, "start").await?,
+        // Ours is the shim itself, and has no more to say once it serves.
+        Program::Sealed(_) => match tokio::time::timeout(limit, serve(program, pod, bundle, socket)).await {
+            Ok(output) => output.map_err(|e| e.within(what()))?,
+            Err(_) => return Err(Error::new(Kind::DeadlineExceeded, what())),
+        },
+    };
     parse(&String::from_utf8_lossy(&output))
+}
+
+/// Starts our shim and hears it out. It goes on when the daemon ends; while the daemon runs, tokio reaps what it left.
+async fn serve(program: &Program, pod: &PodId, bundle: &Path, socket: &Path) -> Result<Vec<u8>> {
+    let mut command = command(program, pod, bundle, socket);
+    command.arg("start").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().act("run", program.executable().display())?;
+    let mut shim = Unheard(Some(child));
+    let Some(child) = shim.0.as_mut() else { return Err(Error::internal("run shim: no process")) };
+    let (mut output, mut said) = (Vec::new(), Vec::new());
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let (Some(mut out), Some(mut err)) = (out, err) else { return Err(Error::internal("run shim: no pipes")) };
+    tokio::try_join!(out.read_to_end(&mut output), err.read_to_end(&mut said)).act("read", "what the shim prints")?;
+    if output.is_empty() {
+        let status = child.wait().await.act("wait for", "shim")?;
+        return Err(failure(status, &said));
+    }
+    shim.0 = None;
+    Ok(output)
+}
+
+/// A shim that nobody knows of yet: it ends with whoever waits for its word.
+struct Unheard(Option<tokio::process::Child>);
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It may have ended by itself.
+            let _ = child.start_kill();
+        }
+    }
 }
 
 /// Runs the `delete` verb in `bundle`: the cleaning up that only the runtime of a lost shim can do.
@@ -78,9 +120,8 @@ pub async fn delete(program: &Program, pod: &PodId, bundle: &Path, limit: Durati
     run(program, pod, bundle, Path::new(""), limit, "delete").await.map(drop)
 }
 
-async fn run(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit: Duration, verb: &str) -> Result<Vec<u8>> {
-    let executable = program.executable();
-    let mut command = tokio::process::Command::new(&executable);
+fn command(program: &Program, pod: &PodId, bundle: &Path, socket: &Path) -> Command {
+    let mut command = Command::new(program.executable());
     command.current_dir(bundle).args(["-namespace", NAMESPACE, "-id", pod.as_str(), "-address", ""]);
     match program {
         Program::Sealed(_) => {
@@ -91,20 +132,30 @@ async fn run(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit
             command.args(["-publish-binary", "/bin/true"]);
         }
     }
+    command
+}
+
+async fn run(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit: Duration, verb: &str) -> Result<Vec<u8>> {
+    let mut command = command(program, pod, bundle, socket);
     if verb == "delete" {
         command.arg("-bundle").arg(bundle);
     }
-    command.arg(verb).stdin(std::process::Stdio::null()).kill_on_drop(true);
+    command.arg(verb).stdin(Stdio::null()).kill_on_drop(true);
     let what = || format!("{verb} shim of pod {}", pod.short());
     let output = match tokio::time::timeout(limit, command.output()).await {
-        Ok(output) => output.act("run", executable.display()).map_err(|e| e.within(what()))?,
+        Ok(output) => output.act("run", program.executable().display()).map_err(|e| e.within(what()))?,
         Err(_) => return Err(Error::new(Kind::DeadlineExceeded, what())),
     };
     if output.status.success() {
         return Ok(output.stdout);
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::internal(format!("{}: {}: {}", what(), output.status, said.trim().get(..SHOWN).unwrap_or(said.trim()))))
+    Err(failure(output.status, &output.stderr).within(what()))
+}
+
+/// A shim that ended without an address, with what it said.
+fn failure(status: std::process::ExitStatus, said: &[u8]) -> Error {
+    let said = String::from_utf8_lossy(said);
+    Error::internal(format!("{status}: {}", said.trim().get(..SHOWN).unwrap_or(said.trim())))
 }
 
 /// A plain address, or (containerd 2) a JSON object with the version of the task service.

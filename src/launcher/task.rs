@@ -181,10 +181,11 @@ async fn delete_or_kill(launcher: &ShimLauncher, pod: &Arc<Pod>, id: &ContainerI
     match pod.client.task::<api::DeleteResponse>("Delete", &request).await {
         // It runs still (runc's shim and ours word it differently, so the state is asked for).
         Err(e) if !matches!(e.kind, Kind::NotFound | Kind::Unavailable) => {
-            if !matches!(launcher.state(pod, id).await?, TaskState::Running { .. } | TaskState::Created { .. }) {
-                return Err(e);
+            tracing::debug!(container = %id, error = %e, "delete again");
+            if matches!(launcher.state(pod, id).await?, TaskState::Running { .. } | TaskState::Created { .. }) {
+                launcher.kill(pod, id, libc::SIGKILL, true).await?;
             }
-            launcher.kill(pod, id, libc::SIGKILL, true).await?;
+            // Also for one that was ending just then.
             launcher.wait(pod, id).await?;
             pod.client.task::<api::DeleteResponse>("Delete", &request).await.map(drop)
         }

@@ -1,7 +1,10 @@
 //! The `start` verb: socket, fork, address. Nothing of tokio exists before the fork.
 //!
-//! The caller reads standard output to its end, so the serving child must have closed it. One shim serves a whole pod:
+//! The caller reads standard output to its end, so whoever serves must have closed it. One shim serves a whole pod:
 //! when the socket answers already, its address is all there is to print.
+//!
+//! containerd waits for the process that it started, so that the serving one is a child of that. mesocri's own launcher names the
+//! socket and waits for the end of the output only: the process that it started serves, which saves a fork for each pod.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -27,12 +30,21 @@ const FIRST_AFTER_STREAMS: i32 = 3;
 /// Annotations by which Kubernetes fronts say to which pod a container belongs, so that pods share a shim.
 const GROUP_LABELS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
 
-/// Runs the verb. Returns in the caller's process; the serving child never comes back.
+/// Runs the verb. Returns when there is nothing to serve in this process.
 pub fn start(args: &Args) -> Result<()> {
     let socket = socket_path(args)?;
     let address = format!("unix://{}", socket.display());
+    let alone = std::env::var_os(SOCKET_VARIABLE).is_some();
     if UnixStream::connect(&socket).is_err() {
         let listener = listen(&socket)?;
+        if alone {
+            leave_word()?;
+            announce(&address)?;
+            detach(&listener)?;
+            // Nobody reads errors any more.
+            let _ = serve::serve(listener, &socket);
+            std::process::exit(1);
+        }
         match fork().act("fork", "shim")? {
             Side::Parent(_) => {}
             Side::Child => {
@@ -42,9 +54,14 @@ pub fn start(args: &Args) -> Result<()> {
             }
         }
     }
-    // The bundle is the working directory; containerd finds the shim again by this file.
-    std::fs::write(bundle::ADDRESS, &address).act("write", bundle::ADDRESS)?;
-    std::io::stdout().write_all(address.as_bytes()).act("write", "address")
+    announce(&address)
+}
+
+/// Prints the address, and leaves it in the bundle, which is the working directory: containerd finds the shim again by this file.
+fn announce(address: &str) -> Result<()> {
+    std::fs::write(bundle::ADDRESS, address).act("write", bundle::ADDRESS)?;
+    let mut out = std::io::stdout();
+    out.write_all(address.as_bytes()).and_then(|()| out.flush()).act("write", "address")
 }
 
 /// The daemon may die before it hears of this shim: its successor finds the process by this record. No bundle any more means
