@@ -8,8 +8,10 @@ mod common;
 use std::time::Duration;
 
 use common::Bench;
+use mesocri::cgroups::{Detail, Manager};
 use mesocri::launcher::{ExecSpec, Launcher, TaskIo, TaskState};
 use mesocri::model::error::Kind;
+use mesocri::model::resources::Resources;
 
 fn exec(words: &[&str]) -> ExecSpec {
     ExecSpec { args: words.iter().map(|w| (*w).to_owned()).collect(), output_limit: 1 << 20, ..ExecSpec::default() }
@@ -51,6 +53,34 @@ async fn a_container_lives_and_dies_and_nothing_is_left() {
     launcher.delete_sandbox(&bench.pod, "", Some(&sandbox)).await.unwrap();
     launcher.delete_sandbox(&bench.pod, "", Some(&sandbox)).await.unwrap();
     bench.nothing_is_left(&[sandbox.pid, sandbox.shim_pid, pid]);
+}
+
+#[tokio::test]
+async fn a_container_that_the_daemon_places_is_like_any_other() {
+    let bench = Bench::new().await;
+    let sandbox = bench.sandbox(&["ipc", "uts", "pid"]).await.unwrap();
+    let launcher = &bench.launcher;
+    let path = format!("{}/placed", bench.cgroup());
+    let id = bench.create_in(&sandbox, &["sleep", "1000"], TaskIo::default(), Some(path.clone())).await.unwrap();
+    assert!(!Manager::open(&path).unwrap().exists(), "the shim must not make it");
+    let TaskState::Created { pid } = launcher.task_state(&bench.pod, &id).await.unwrap() else { panic!("not created") };
+    let group = Manager::create(&path).unwrap();
+    group.add(pid).unwrap();
+    launcher.start_task(&bench.pod, &id).await.unwrap();
+
+    let output = launcher.exec_sync(&bench.pod, &id, &exec(&["sh", "-c", "cat /proc/self/cgroup; sleep 1000 >/dev/null 2>&1 &"])).await.unwrap();
+    let groups = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(groups.lines().any(|line| line.ends_with(&path)), "{groups}");
+    assert_eq!(group.procs().unwrap().len(), 2, "what an exec left behind");
+    let limits = Resources { pids_limit: Some(77), ..Resources::default() };
+    launcher.update_task(&bench.pod, &id, &limits).await.unwrap();
+    assert_eq!(group.stats(Detail::Full).unwrap().pids_limit, Some(77));
+
+    launcher.kill_task(&bench.pod, &id, libc::SIGKILL, true).await.unwrap();
+    assert_eq!(launcher.wait_task(&bench.pod, &id).await.unwrap().0, 137);
+    launcher.delete_task(&bench.pod, &id).await.unwrap();
+    assert!(!group.exists());
+    bench.remove(&sandbox, "").await;
 }
 
 #[tokio::test]

@@ -21,6 +21,7 @@ mod file;
 pub mod host;
 mod kill;
 pub mod manager;
+pub mod notes;
 pub mod oom;
 pub mod path;
 

@@ -75,7 +75,7 @@ impl Recorded {
 pub struct Made {
     /// The container's first process, or the holder of the pod's process namespace.
     pub process: Option<Recorded>,
-    /// Cgroup to empty and remove; `None` when the daemon placed the process.
+    /// Cgroup to empty and remove.
     pub cgroup: Option<String>,
 }
 

@@ -26,7 +26,7 @@ const MAGIC_V2: u64 = 0x6367_7270;
 
 /// The cgroup path that the spec means; `None` when the daemon places the process.
 pub(super) fn path(bundle: &Bundle) -> Result<Option<String>> {
-    if bundle.extras.foreign_cgroup {
+    if bundle.extras.foreign_cgroup.is_some() {
         return Ok(None);
     }
     let path = match bundle.linux.cgroups_path() {
@@ -82,7 +82,7 @@ pub(super) fn enter(child: &mut Child<'_>) -> Result {
     join(child)?;
     let own = child.bundle.namespace(LinuxNamespaceType::Cgroup) == Some(false);
     let shown = child.bundle.spec.mounts().iter().flatten().any(mounts::is_cgroup);
-    if child.bundle.extras.foreign_cgroup && (own || shown) {
+    if child.bundle.extras.foreign_cgroup.is_some() && (own || shown) {
         child.gate()?;
     }
     if shown {

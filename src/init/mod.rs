@@ -98,7 +98,7 @@ pub struct Blocked {
     pub pidfd: OwnedFd,
     /// Terminal master, when asked for.
     pub console: Option<OwnedFd>,
-    /// Cgroup directories made for it, to be removed on delete; empty when the daemon places it.
+    /// Its cgroup, to be emptied and removed on delete. One that the daemon places it into may not exist yet.
     pub cgroup: Option<CgroupRef>,
     /// What the process waits for. Dropped unopened, the process ends.
     pub gate: Gate,

@@ -13,6 +13,7 @@ use super::mounts;
 use super::options::{self, Options};
 use super::stage2::Child;
 use crate::model::image::RootMount;
+use crate::stdx::kernel;
 
 /// Longest string value that fsconfig takes.
 const FSCONFIG_MAX: usize = 255;
@@ -92,6 +93,9 @@ fn root_mount(bundle: &Path, path: &Path, target: &OwnedFd, m: &RootMount) -> Re
 /// An overlay by the new mount interface, one layer a call, so that their number and the length of their names do not matter.
 /// `None` when this kernel (before 6.5) or these options need the classic call.
 fn overlay(source: &str, data: &[String], attributes: u64) -> Result<Option<OwnedFd>> {
+    if !kernel::overlay_knows_its_options() {
+        return Ok(None);
+    }
     let fs = match rustix::mount::fsopen(c"overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
         Err(Errno::NOSYS) => return Ok(None),
         other => other.on("overlay")?,

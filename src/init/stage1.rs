@@ -96,7 +96,8 @@ fn create_stage2(request: CreateRequest, sync: &OwnedFd) -> Result<(), StepError
         group.remove_if_empty();
     }
     let spawned = spawned.map_err(named("clone"))?;
-    announce(sync.as_fd(), spawned.pid, group.as_ref().map(|g| g.path().to_owned())).map_err(named("clone"))?;
+    let told = group.as_ref().map(|g| g.path().to_owned()).or_else(|| bundle.extras.foreign_cgroup.clone());
+    announce(sync.as_fd(), spawned.pid, told).map_err(named("clone"))?;
     if new.contains(CloneFlags::CLONE_NEWUSER) {
         map_users(&bundle, &spawned).map_err(named("map users"))?;
     }

@@ -60,8 +60,11 @@ pub fn made(dir: &Path) -> Result<Made> {
         return Ok(made);
     }
     let extras: Extras = read(&dir.join(EXTRAS_FILE))?.unwrap_or_default();
+    if extras.foreign_cgroup.is_some() {
+        return Ok(Made { process: None, cgroup: extras.foreign_cgroup });
+    }
     let spec: Option<Cgroups> = read(&dir.join(CONFIG))?;
-    let path = spec.and_then(|spec| spec.linux).map(|linux| linux.cgroups_path).filter(|path| path.starts_with('/') && !extras.foreign_cgroup);
+    let path = spec.and_then(|spec| spec.linux).map(|linux| linux.cgroups_path).filter(|path| path.starts_with('/'));
     Ok(Made { process: None, cgroup: path })
 }
 
@@ -102,9 +105,9 @@ mod tests {
         write(&bundle, &plan).unwrap();
         assert!(!bundle.join(EXTRAS_FILE).exists(), "empty extras are not written");
         assert_eq!(made(&bundle).unwrap().cgroup.as_deref(), Some("/m/x"));
-        plan.extras.foreign_cgroup = true;
+        plan.extras.foreign_cgroup = Some("/a.slice/x.scope".to_owned());
         write(&bundle, &plan).unwrap();
-        assert_eq!(made(&bundle).unwrap().cgroup, None, "not ours to remove");
+        assert_eq!(made(&bundle).unwrap().cgroup.as_deref(), Some("/a.slice/x.scope"));
         remove(&bundle).unwrap();
         remove(&bundle).unwrap();
         assert!(!bundle.exists());

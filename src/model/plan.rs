@@ -24,8 +24,9 @@ pub struct Extras {
     pub seccomp_bpf: Option<PathBuf>,
     /// Environment entries `NAME=value` that are not UTF-8 and so cannot stand in `process.env`; appended after it.
     pub env_bytes: Vec<Vec<u8>>,
-    /// The daemon places the process into its cgroup after the fork (systemd driver): the shim must not create cgroups.
-    pub foreign_cgroup: bool,
+    /// The daemon places the process after the fork (systemd driver) into the group with this path below the hierarchies' roots:
+    /// the shim must not create it. Afterwards it is like one of the shim's own: execs join it, and it is emptied and removed.
+    pub foreign_cgroup: Option<String>,
     /// Destinations (inside the container) of mounts from the host whose source path must be a directory or file already;
     /// init creates missing destinations either way.
     pub pod_files: Vec<String>,
@@ -92,7 +93,7 @@ pub struct LaunchPatch {
     /// [`Extras::seccomp_bpf`].
     pub seccomp_bpf: Option<PathBuf>,
     /// [`Extras::foreign_cgroup`].
-    pub foreign_cgroup: Option<bool>,
+    pub foreign_cgroup: Option<String>,
     /// Signal that asks the process to stop (not part of the spec; kept in the container's record).
     pub stop_signal: Option<i32>,
     /// Facts for status: addresses of the pod, primary first.
@@ -288,7 +289,7 @@ impl LaunchPlan {
         merge(owners, "annotations", by, self.spec.annotations_mut(), patch.annotations)?;
         scalar!(owners, by, "hostname", self.spec.hostname().as_ref(), patch.hostname, v => self.spec.set_hostname(Some(v)));
         scalar!(owners, by, "seccompBpf", self.extras.seccomp_bpf.as_ref(), patch.seccomp_bpf, v => self.extras.seccomp_bpf = Some(v));
-        scalar!(owners, by, "foreignCgroup", Some(&self.extras.foreign_cgroup), patch.foreign_cgroup, v => self.extras.foreign_cgroup = v);
+        scalar!(owners, by, "foreignCgroup", self.extras.foreign_cgroup.as_ref(), patch.foreign_cgroup, v => self.extras.foreign_cgroup = Some(v));
         scalar!(owners, by, "stopSignal", self.stop_signal.as_ref(), patch.stop_signal, v => self.stop_signal = Some(v));
         scalar!(owners, by, "network", self.network.as_ref(), patch.network, v => self.network = Some(v));
         self.ips.append(&mut patch.ips);

@@ -5,4 +5,5 @@ pub mod blocking;
 pub mod clock;
 pub mod crilog;
 pub mod failpoint;
+pub mod kernel;
 pub mod undo;

@@ -22,6 +22,11 @@ pub fn enter_private_namespaces() {
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
     // sysfs shows the network namespace it was mounted in; without a new one /sys/class/net would be the host's.
     run("ip", &["link", "set", "lo", "up"]);
+    make_uplink();
+}
+
+/// One uplink that ends in itself so that a default route exists.
+pub fn make_uplink() {
     run("ip", &["link", "add", "uplink", "type", "veth", "peer", "name", "uplinkp"]);
     run("ip", &["addr", "add", "10.99.0.1/24", "dev", "uplink"]);
     run("ip", &["link", "set", "uplink", "up"]);

@@ -123,6 +123,11 @@ impl Bench {
     }
 
     pub async fn create(&self, sandbox: &Sandbox, args: &[&str], io: TaskIo) -> Result<ContainerId> {
+        self.create_in(sandbox, args, io, None).await
+    }
+
+    /// The same; with `placed` it is the caller who puts the process into that group.
+    pub async fn create_in(&self, sandbox: &Sandbox, args: &[&str], io: TaskIo, placed: Option<String>) -> Result<ContainerId> {
         let id = self.next_id();
         let io = TaskIo { log: Some(self.log(&id)), ..io };
         let rootfs = vec![RootMount {
@@ -130,7 +135,9 @@ impl Bench {
             source: self.rootfs().to_string_lossy().into_owned(),
             options: vec!["rbind".to_owned(), "rw".to_owned()],
         }];
-        let launch = TaskLaunch { plan: self.container_plan(sandbox, &id, args, io.terminal), rootfs, io };
+        let mut plan = self.container_plan(sandbox, &id, args, io.terminal);
+        plan.extras.foreign_cgroup = placed;
+        let launch = TaskLaunch { plan, rootfs, io };
         self.launcher.create_task(&self.pod, &id, &launch).await?;
         Ok(id)
     }

@@ -48,6 +48,11 @@ impl Node {
     /// Namespaces and directories only.
     pub fn prepare(extra_config: &str) -> Self {
         host::enter_private_namespaces();
+        Self::here(extra_config)
+    }
+
+    /// Directories only: in the namespaces of the caller, which are the bench's own (a machine of its own).
+    pub fn here(extra_config: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("mesocri-e2e-").tempdir().unwrap();
         let cgroup = format!("/mesocri-e2e-{}", dir.path().file_name().unwrap().to_string_lossy().rsplit('-').next().unwrap());
         let before = host::Snapshot::take(&cgroup);
@@ -102,6 +107,12 @@ impl Node {
         let archive = self.dir.path().join("busybox.tar");
         mesocri::daemon::cli::sample::write_archive(&archive, "busybox:host").unwrap();
         host::run("skopeo", &["copy", "--quiet", "--dest-tls-verify=false", &format!("docker-archive:{}", archive.display()), &format!("docker://{BUSYBOX}")]);
+    }
+
+    /// Imports the images of an archive by the daemon's own command.
+    pub fn load(&self, archive: &Path) {
+        let socket = self.socket().display().to_string();
+        host::run(env!("CARGO_BIN_EXE_mesocri"), &["load", "--address", &socket, &archive.display().to_string()]);
     }
 
     /// Starts the daemon and waits until it is ready.

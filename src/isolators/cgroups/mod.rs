@@ -8,16 +8,16 @@
 //! A pod whose caller names a parent group (`cgroup_parent`) gets only container groups inside it: the parent is the caller's,
 //! never limited and never removed. A pod without one gets a group of its own below `default_parent`.
 
+mod oom;
 mod place;
 mod systemd;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use oci_spec::runtime as oci;
 use serde::{Deserialize, Serialize};
-use tokio::sync::OnceCell;
 
 use self::place::{PodPlace, scope};
 use self::systemd::Systemd;
@@ -74,14 +74,14 @@ struct Cgroups {
     /// This daemon's name on groups: its state directory, of which there is one daemon at a time.
     owner: String,
     swap: bool,
-    systemd: OnceCell<Systemd>,
+    systemd: Mutex<Option<Systemd>>,
 }
 
 impl Cgroups {
     fn new(config: Config, deps: &Deps, host: Arc<Host>) -> Result<Self> {
         crate::cgroups::CgroupPath::new(&config.default_parent).map_err(|e| e.within("configuration of isolator cgroups: default_parent"))?;
         let owner = deps.layout.state.to_string_lossy().into_owned();
-        let isolator = Self { swap: host.accounts_swap(), config, host, layout: deps.layout.clone(), owner, systemd: OnceCell::new() };
+        let isolator = Self { swap: host.accounts_swap(), config, host, layout: deps.layout.clone(), owner, systemd: Mutex::default() };
         isolator.note_own_parent()?;
         Ok(isolator)
     }
@@ -111,8 +111,15 @@ impl Cgroups {
         Manager::open_on(self.host.clone(), path)
     }
 
-    async fn systemd(&self) -> Result<&Systemd> {
-        self.systemd.get_or_try_init(Systemd::connect).await
+    async fn systemd(&self) -> Result<Systemd> {
+        let kept = self.systemd.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(systemd) = kept.filter(|s| !s.is_closed()) {
+            return Ok(systemd);
+        }
+        let systemd = Systemd::connect().await?;
+        // Another caller may have done the same meanwhile; either connection is as good.
+        *self.systemd.lock().unwrap_or_else(PoisonError::into_inner) = Some(systemd.clone());
+        Ok(systemd)
     }
 
     /// The group of a container, or of the pod.
@@ -143,7 +150,10 @@ impl Cgroups {
         let access = if privileged { "rw" } else { "ro" };
         Ok(LaunchPatch {
             cgroups_path: Some(place.cgroups_path(container.id)?),
-            foreign_cgroup: (self.config.driver == Driver::Systemd).then_some(true),
+            foreign_cgroup: match self.config.driver {
+                Driver::Systemd => Some(place.container(container.id)?.as_str().to_owned()),
+                Driver::Cgroupfs => None,
+            },
             resources: Some(resources),
             oom_score_adj: Some(oom_score(wanted.oom_score_adj.unwrap_or(0))),
             namespaces: if own_namespace { vec![namespace(oci::LinuxNamespaceType::Cgroup, None)] } else { Vec::new() },
@@ -166,11 +176,17 @@ impl Cgroups {
         let v2 = self.host.is_pure_v2();
         self.systemd().await?.start_scope(&name, slice, &description, pid, &container.spec.resources, v2).await?;
         let resources = self.planned(cx.pod_id, container)?;
-        let (host, path) = (self.host.clone(), place.container(container.id)?);
+        let (host, path, id) = (self.host.clone(), place.container(container.id)?, container.id.clone());
+        let slice = self.manager(place.path.as_str())?;
         blocking::run("fill scope", move || {
             let manager = Manager::create_on(host, path.as_str())?;
             manager.apply(&resources)?;
-            manager.add(pid)
+            manager.add(pid)?;
+            // Without the note the reason of an end may be missing; that is no reason to refuse containers.
+            if let Err(error) = oom::begin(&slice, &id) {
+                tracing::debug!(%error, "lack of memory may not be told");
+            }
+            Ok(())
         })
         .await
     }
@@ -319,7 +335,11 @@ impl Isolator for Cgroups {
     }
 
     fn oom_kills(&self, pod_id: &PodId, pod: &PodSpec, container: &ContainerId) -> Option<u64> {
-        self.group(pod_id, pod, Some(container)).ok()?.oom_kills()
+        let group = self.group(pod_id, pod, Some(container)).ok()?;
+        match self.config.driver {
+            Driver::Cgroupfs => group.oom_kills(),
+            Driver::Systemd => oom::kills(&self.group(pod_id, pod, None).ok()?, &group, container),
+        }
     }
 
     async fn cleanup(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Result<()> {
@@ -329,11 +349,19 @@ impl Isolator for Cgroups {
             return Ok(());
         }
         let group = self.group(pod_id, pod, container)?;
+        if let (Some(id), Driver::Systemd) = (container, self.config.driver)
+            && self.host.v2().is_some()
+        {
+            oom::end(&self.manager(place.path.as_str())?, id)?;
+        }
         // The shim has removed a container's group nearly always.
         if !group.exists() {
             return Ok(());
         }
         if let Some(slice) = &place.slice {
+            // systemd would ask processes to end and wait for them for a minute and a half.
+            let left = group.clone();
+            blocking::run("kill cgroup", move || left.kill()).await?;
             let unit = container.map_or_else(|| slice.clone(), scope);
             self.systemd().await?.stop(&unit).await?;
         }

@@ -2,6 +2,9 @@
 //!
 //! systemd's own socket is tried first (it needs no message bus on the host), then the system bus.
 
+mod limits;
+mod peer;
+
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -9,7 +12,8 @@ use zbus::connection::Builder;
 use zbus::zvariant::{OwnedObjectPath, Value};
 use zbus::{Connection, MatchRule, Message, MessageStream};
 
-use crate::model::error::{Error, Kind, Result};
+use self::limits::limits;
+use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::resources::Resources;
 
 /// Where systemd listens itself.
@@ -23,7 +27,8 @@ const JOB_LIMIT: Duration = Duration::from_secs(30);
 /// Properties of a unit, as D-Bus wants them.
 type Properties = Vec<(&'static str, Value<'static>)>;
 
-/// A connection. Made on first use and kept.
+/// A connection. Made on first use and kept until it breaks: systemd drops it when it is upgraded.
+#[derive(Clone)]
 pub struct Systemd {
     connection: Connection,
     /// Talking to systemd itself, without a bus between: no names, no subscriptions.
@@ -52,8 +57,14 @@ impl Systemd {
         Ok(systemd)
     }
 
+    /// Whether it broke.
+    pub fn is_closed(&self) -> bool {
+        self.connection.is_closed()
+    }
+
     /// Speaks to a systemd (or a test's stand-in) at the other end of `stream`.
     pub(super) async fn direct(stream: tokio::net::UnixStream) -> Result<Self> {
+        let stream = peer::renamed(stream).act("connect to", PRIVATE)?;
         let connection = Builder::unix_stream(stream).p2p().build().await.map_err(failed(format!("connect to {PRIVATE}")))?;
         Ok(Self { connection, direct: true })
     }
@@ -159,36 +170,6 @@ impl Systemd {
 fn is_unknown_unit(e: &Error) -> bool {
     let source = e.source.as_ref().and_then(|s| s.downcast_ref::<zbus::Error>());
     matches!(source, Some(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.systemd1.NoSuchUnit")
-}
-
-/// The limits that systemd keeps itself. Others (cpuset, devices, huge pages) it leaves alone in a delegated scope.
-fn limits(r: &Resources, v2: bool) -> Properties {
-    let mut out: Properties = Vec::new();
-    let bytes = |v: i64| u64::try_from(v).unwrap_or(u64::MAX);
-    if let Some(limit) = r.memory_limit {
-        out.push((if v2 { "MemoryMax" } else { "MemoryLimit" }, Value::from(bytes(limit))));
-        if v2 {
-            let swap = match r.memory_swap {
-                Some(s) if s < 0 || limit < 0 => u64::MAX,
-                Some(s) => bytes(s - limit),
-                None if limit < 0 => u64::MAX,
-                None => 0,
-            };
-            out.push(("MemorySwapMax", Value::from(swap)));
-        }
-    }
-    if let Some(shares) = r.cpu_shares {
-        out.push(if v2 { ("CPUWeight", Value::from(crate::cgroups::controllers::cpu::weight_of_shares(shares))) } else { ("CPUShares", Value::from(shares)) });
-    }
-    if let Some(quota) = r.cpu_quota {
-        let period = r.cpu_period.filter(|p| *p > 0).unwrap_or(100_000);
-        // systemd rounds to 10 ms per second; rounded up here, so that the exact value written afterwards is never above it.
-        let per_second = u64::try_from(quota).map_or(u64::MAX, |q| (q.saturating_mul(1_000_000) / period).next_multiple_of(10_000));
-        out.push(("CPUQuotaPerSecUSec", Value::from(per_second)));
-    }
-    // Said always: systemd would put its own default there.
-    out.push(("TasksMax", Value::from(r.pids_limit.map_or(u64::MAX, bytes))));
-    out
 }
 
 #[cfg(test)]

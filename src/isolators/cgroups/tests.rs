@@ -184,7 +184,8 @@ async fn systemd_paths_for_the_plan() {
     case.bench.pod.cgroup_parent = "/kubepods.slice/kubepods-pod1.slice".to_owned();
     let patch = case.bench.prepare(&case.isolator).await.unwrap();
     assert_eq!(patch.cgroups_path.unwrap(), format!("kubepods-pod1.slice:mesocri:{}", case.bench.id));
-    assert_eq!(patch.foreign_cgroup, Some(true));
+    let group = format!("/kubepods.slice/kubepods-pod1.slice/mesocri-{}.scope", case.bench.id);
+    assert_eq!(patch.foreign_cgroup, Some(group), "the shim must know where the daemon puts the process");
     case.bench.pod.cgroup_parent = "/kubepods/pod1".to_owned();
     assert_eq!(case.bench.prepare(&case.isolator).await.unwrap_err().kind, Kind::InvalidArgument);
 }

@@ -5,6 +5,7 @@ use oci_spec::runtime::{Arch, Capabilities, LinuxSeccomp, LinuxSeccompAction, Li
 use serde::Deserialize;
 
 use crate::model::error::{Error, Kind, Result};
+use crate::stdx::kernel;
 
 /// A profile as it stands in the file. Members that mean nothing to a filter (comments) are passed over.
 #[derive(Debug, Deserialize)]
@@ -159,14 +160,5 @@ fn native() -> Arch {
 fn kernel_at_least(wanted: Option<&str>) -> Result<bool> {
     let Some(wanted) = wanted.filter(|w| !w.is_empty()) else { return Ok(true) };
     let bad = || Error::invalid(format!("seccomp profile: minKernel {wanted:?} is not <major>.<minor>"));
-    let wanted_pair = version(wanted).ok_or_else(bad)?;
-    let uname = rustix::system::uname();
-    let running = uname.release().to_str().ok().and_then(version);
-    Ok(running.is_some_and(|running| running >= wanted_pair))
-}
-
-/// `6.1.0-18-amd64` is (6, 1).
-fn version(text: &str) -> Option<(u32, u32)> {
-    let mut parts = text.split(|c: char| !c.is_ascii_digit());
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    Ok(kernel::running() >= kernel::version(wanted).ok_or_else(bad)?)
 }

@@ -79,6 +79,7 @@ async fn a_scope_is_started_with_its_limits() {
         cpu_shares: Some(1024),
         cpu_quota: Some(50_000),
         pids_limit: Some(5),
+        cpuset_cpus: Some("0,3".to_owned()),
         ..Resources::default()
     };
     b.systemd.start_scope("mesocri-x.scope", "a.slice", "d", 42, &r, true).await.unwrap();
@@ -87,6 +88,7 @@ async fn a_scope_is_started_with_its_limits() {
     assert_eq!(Vec::<u32>::try_from(p["PIDs"].try_clone().unwrap()).unwrap(), [42]);
     assert_eq!(bool::try_from(&p["Delegate"]), Ok(true));
     assert_eq!(<&str>::try_from(&p["Slice"]), Ok("a.slice"));
+    assert_eq!(Vec::<u8>::try_from(p["AllowedCPUs"].try_clone().unwrap()).unwrap(), [0b1001]);
     for (name, value) in [("MemoryMax", 100), ("MemorySwapMax", 50), ("CPUWeight", 100), ("CPUQuotaPerSecUSec", 500_000), ("TasksMax", 5)] {
         assert_eq!(u64::try_from(&p[name]), Ok(value), "{name}");
     }
