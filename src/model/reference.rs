@@ -19,9 +19,66 @@ pub struct Reference {
     repository: String,
     tag: Option<String>,
     digest: Option<Digest>,
+    written: Written,
+}
+
+/// How a name was written: what it leaves open, settings may decide. No part of what the reference is.
+#[derive(Clone, Copy, Debug)]
+enum Written {
+    /// With a host.
+    Full,
+    /// `a/b`.
+    Path,
+    /// `a`.
+    Bare,
+}
+
+impl PartialEq for Written {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Written {}
+
+impl std::hash::Hash for Written {
+    fn hash<H: std::hash::Hasher>(&self, _: &mut H) {}
+}
+
+impl PartialOrd for Written {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Written {
+    fn cmp(&self, _: &Self) -> std::cmp::Ordering {
+        std::cmp::Ordering::Equal
+    }
 }
 
 impl Reference {
+    /// The repository as it was written, if that was without a host: `busybox`, `library/busybox`.
+    pub fn written_short(&self) -> Option<&str> {
+        match self.written {
+            Written::Full => None,
+            Written::Path => Some(&self.repository),
+            Written::Bare => Some(self.repository.strip_prefix("library/").unwrap_or(&self.repository)),
+        }
+    }
+
+    /// The same, as if written in full.
+    #[must_use]
+    pub fn settled(&self) -> Self {
+        Self { written: Written::Full, ..self.clone() }
+    }
+
+    /// The same tag and digest of another repository.
+    #[must_use]
+    pub fn renamed(&self, registry: &str, repository: &str) -> Self {
+        Self { registry: registry.to_owned(), repository: repository.to_owned(), tag: self.tag.clone(), digest: self.digest.clone(), written: Written::Full }
+    }
+
     /// `docker.io`, `localhost:5000`.
     pub fn registry(&self) -> &str {
         &self.registry
@@ -86,9 +143,10 @@ impl FromStr for Reference {
                 return Err(bad("malformed tag"));
             }
         }
-        let (registry, path) = match name.split_once('/') {
-            Some((host, path)) if host == "localhost" || host.contains(['.', ':']) => (host, path),
-            _ => ("docker.io", name),
+        let (registry, path, written) = match name.split_once('/') {
+            Some((host, path)) if host == "localhost" || host.contains(['.', ':']) => (host, path, Written::Full),
+            Some(_) => ("docker.io", name, Written::Path),
+            None => ("docker.io", name, Written::Bare),
         };
         let registry = if registry == "index.docker.io" { "docker.io" } else { registry };
         if !valid_host(registry) {
@@ -99,7 +157,7 @@ impl FromStr for Reference {
         }
         let repository = if registry == "docker.io" && !path.contains('/') { format!("library/{path}") } else { path.to_owned() };
         let tag = if tag.is_none() && digest.is_none() { Some("latest".to_owned()) } else { tag };
-        Ok(Self { registry: registry.to_owned(), repository, tag, digest })
+        Ok(Self { registry: registry.to_owned(), repository, tag, digest, written })
     }
 }
 
@@ -161,6 +219,16 @@ mod tests {
             ("registry.k8s.io/pause:3.9", "registry.k8s.io/pause:3.9"),
         ] {
             assert_eq!(given.parse::<Reference>().unwrap().to_string(), full);
+        }
+    }
+
+    #[test]
+    fn remembers_what_was_not_written() {
+        for (given, short) in [("busybox:1", Some("busybox")), ("library/busybox", Some("library/busybox")), ("a/b", Some("a/b")), ("quay.io/a", None)] {
+            let reference: Reference = given.parse().unwrap();
+            assert_eq!(reference.written_short(), short);
+            assert_eq!(reference.settled(), reference);
+            assert_eq!(reference.settled().written_short(), None);
         }
     }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::pullers::settings::{Proxy, Registry, Secret, ShortNames};
+
 /// The provisioner's settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -17,30 +19,37 @@ pub struct Config {
     pub max_parallel_pulls: usize,
     /// Seconds without a byte from a registry after which a transfer is given up (and resumed, a few times).
     pub stall_timeout_seconds: u64,
-    /// Registry that stands for `docker.io`.
+    /// Layers fetched from registries at once, all pulls together; 0: as many as are unpacked.
+    pub max_parallel_downloads: usize,
+    /// Bytes a second that all pulls together may take from the network; 0 is no limit.
+    pub max_bytes_per_second: u64,
+    /// Times a request is tried again, with growing pauses, after a broken connection, an overload (429) or a failure of the
+    /// server (5xx).
+    pub pull_retries: u32,
+    /// Registry of image names that do not say one.
     pub docker_registry: String,
-    /// Per registry host (as in image references, with port) how to reach it.
+    /// What image names without a host mean: `default` (they lie at `docker_registry`), `refuse`.
+    pub short_names: ShortNames,
+    /// Names without host and tag, and the full names they stand for.
+    pub short_name_aliases: BTreeMap<String, String>,
+    /// Credentials by registry, for pulls that bring none: the path of a `config.json` or `.dockercfg`, or such a document
+    /// itself. A path is read at each pull. Its credential helpers are run.
+    pub docker_config: Secret,
+    /// Directories of the programs `docker-credential-*` that `docker_config` names; empty: `PATH`.
+    pub credential_helper_dirs: Vec<PathBuf>,
+    /// Per registry host (as in image references, with port) how to reach it. What stands here comes before
+    /// `registry_config_dir`.
     pub registries: BTreeMap<String, Registry>,
+    /// Directory with `<host[:port]>/hosts.toml` and `_default/hosts.toml` as containerd has them, read at each pull; empty: none.
+    pub registry_config_dir: PathBuf,
+    /// Proxies.
+    pub proxy: Proxy,
     /// Images never collected automatically: full references, or prefixes ending in `*`.
     pub pinned: Vec<String>,
     /// Backend for root filesystems: `overlay`, `copy`; empty chooses the first that works here.
     pub backend: String,
     /// Bounds on what an image may ask of this machine.
     pub limits: Limits,
-}
-
-/// How to reach one registry.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Registry {
-    /// Base URLs tried in order before the host itself, with the same repository path. Credentials are not sent to them.
-    pub mirrors: Vec<String>,
-    /// Speak HTTP to the host. Loopback hosts are tried with HTTP without this.
-    pub plain_http: bool,
-    /// PEM files with further certificate authorities.
-    pub ca_files: Vec<PathBuf>,
-    /// Accept any certificate. For laboratories.
-    pub insecure_skip_verify: bool,
 }
 
 /// Bounds against hostile images. A pull that hits one fails with `ResourceExhausted` and leaves nothing behind.
@@ -66,8 +75,17 @@ impl Default for Config {
             max_parallel_layers: 4,
             max_parallel_pulls: 8,
             stall_timeout_seconds: 60,
-            docker_registry: "https://registry-1.docker.io".to_owned(),
+            max_parallel_downloads: 0,
+            max_bytes_per_second: 0,
+            pull_retries: 3,
+            docker_registry: super::pullers::settings::HUB.to_owned(),
+            short_names: ShortNames::Default,
+            short_name_aliases: BTreeMap::new(),
+            docker_config: Secret::default(),
+            credential_helper_dirs: Vec::new(),
             registries: BTreeMap::new(),
+            registry_config_dir: PathBuf::new(),
+            proxy: Proxy::default(),
             pinned: Vec::new(),
             backend: String::new(),
             limits: Limits::default(),

@@ -1,5 +1,6 @@
 //! The provisioner put together: what the containerizer and the fronts call.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -88,6 +89,19 @@ impl Provisioner {
 impl Inner {
     pub(super) fn is_pinned(&self, image: &Image) -> bool {
         self.config.is_pinned(image.repo_tags.iter().chain(&image.repo_digests))
+    }
+
+    /// What an image is asked for by, as the index has it: a short name means here what it means in a pull. What may also be the
+    /// beginning of an id stays one unless there is an image of that name.
+    fn key<'a>(&self, key: &'a str) -> Cow<'a, str> {
+        let hex = key.bytes().all(|b| b.is_ascii_hexdigit());
+        if key.starts_with("sha256:") || (hex && key.len() == 64) {
+            return Cow::Borrowed(key);
+        }
+        match self.config.qualify_key(key) {
+            Some(full) if !hex || self.images.resolve(&full).is_some() => Cow::Owned(full),
+            _ => Cow::Borrowed(key),
+        }
     }
 
     /// Counts new layers again when the disk has them: allocation may have changed since the files were closed.
@@ -238,11 +252,11 @@ impl Images for Provisioner {
     }
 
     fn resolve(&self, key: &str) -> Option<Arc<Image>> {
-        self.inner.images.resolve(key)
+        self.inner.images.resolve(&self.inner.key(key))
     }
 
     async fn remove(&self, key: &str) -> Result<()> {
-        let (inner, key) = (self.inner.clone(), key.to_owned());
+        let (inner, key) = (self.inner.clone(), self.inner.key(key).into_owned());
         blocking::run("remove image", move || {
             if inner.images.remove(&key)? {
                 failpoint::hit("remove.record-gone");

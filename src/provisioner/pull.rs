@@ -14,9 +14,10 @@ use tokio_util::task::TaskTracker;
 
 use super::engine::Inner;
 use super::layers::{self, Hold, Staged};
-use super::pullers::manifest::{self, Descriptor, Document};
+use super::pullers::manifest::{self, Configuration, Descriptor, Document};
 use super::pullers::registry::{Endpoint, Served};
-use super::unpack::Expected;
+use super::pullers::schema1;
+use super::unpack::{Expected, Hasher};
 use super::{Credentials, PullEvent, PullRequest};
 use crate::model::error::{Error, Kind, Result};
 use crate::model::image::{Image, Layer};
@@ -102,10 +103,11 @@ impl Pulls {
 /// Joins the running pull of the same image, or starts one, and waits.
 pub(super) async fn pull(
     inner: &Arc<Inner>,
-    request: PullRequest,
+    mut request: PullRequest,
     progress: Option<mpsc::UnboundedSender<PullEvent>>,
     cancel: CancellationToken,
 ) -> Result<ImageId> {
+    request.reference = inner.config.qualify(&request.reference)?;
     let key: Key = (request.reference.clone(), request.credentials.clone());
     let flight = join(inner, &key, request, progress);
     let mut done = flight.done.clone();
@@ -203,9 +205,11 @@ async fn work(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight, thread
     let resolved = resolve(inner, request).await.map_err(within)?;
     flight.tell(&PullEvent::Resolved { layers: resolved.layers.iter().map(|d| (d.digest.to_string(), d.size)).collect() });
     // From here on no collection takes layers away that were found or made for this image.
-    let hold = inner.layers.hold(resolved.diff_ids.iter().cloned());
-    let staged = fetch_layers(inner, &resolved, flight, threads).await.map_err(within)?;
-    let image = resolved.image(reference);
+    let known = resolved.known_diff_ids(inner);
+    let _found = inner.layers.hold(known.iter().flatten().cloned());
+    let (diff_ids, staged) = fetch_layers(inner, &resolved, &known, flight, threads).await.map_err(within)?;
+    let hold = inner.layers.hold(diff_ids.iter().cloned());
+    let image = resolved.image(inner, reference, &diff_ids).map_err(within)?;
     commit(inner, image, staged, hold).await.map_err(within)
 }
 
@@ -214,46 +218,59 @@ struct Resolved {
     endpoint: Endpoint,
     /// Digest of what the reference named.
     digest: Digest,
-    config: Descriptor,
-    config_json: String,
-    configuration: crate::model::image::ImageConfig,
+    identity: Identity,
     layers: Vec<Descriptor>,
-    diff_ids: Vec<Digest>,
+}
+
+/// What makes the image the one it is.
+enum Identity {
+    /// A configuration, its digest and the diff ids it promises.
+    Configured { id: Digest, json: String, parsed: Box<Configuration> },
+    /// Nothing but blobs and their history: diff ids come out of unpacking, and the configuration is made of both.
+    Legacy(schema1::Manifest),
 }
 
 impl Resolved {
-    fn image(&self, reference: &Reference) -> Image {
-        let layer = |(diff_id, blob): (&Digest, &Descriptor)| Layer { diff_id: diff_id.clone(), blob: Some(blob.digest.clone()), blob_size: blob.size };
-        Image {
-            id: ImageId::from_string(self.config.digest.as_str()),
-            repo_tags: reference.repo_tag().into_iter().collect(),
-            repo_digests: vec![reference.repo_digest(&self.digest)],
-            layers: self.diff_ids.iter().zip(&self.layers).map(layer).collect(),
-            config: self.configuration.clone(),
-            config_json: self.config_json.clone(),
-            size: 0,
-            pinned: false,
-        }
-    }
-}
-
-/// Asks one endpoint after the other. The last error counts: it is that of the registry itself, mirrors only come before it.
-async fn resolve(inner: &Inner, request: &PullRequest) -> Result<Resolved> {
-    let mut last = Error::internal("no endpoint");
-    for endpoint in inner.registries.endpoints(&request.reference, request.credentials.as_ref())? {
-        let host = endpoint.host().to_owned();
-        match resolve_at(inner, endpoint, &request.reference).await {
-            Ok(resolved) => return Ok(resolved),
-            Err(e) => {
-                tracing::debug!(endpoint = host, error = %e, "endpoint does not have it");
-                last = e;
+    /// The diff id of each layer, as far as it is known before unpacking: promised by the configuration, or remembered from
+    /// when the same blob was unpacked for another image.
+    fn known_diff_ids(&self, inner: &Inner) -> Vec<Option<Digest>> {
+        match &self.identity {
+            Identity::Configured { parsed, .. } => parsed.diff_ids.iter().cloned().map(Some).collect(),
+            Identity::Legacy(_) => {
+                let images = inner.images.list();
+                let layers: HashMap<&Digest, &Digest> =
+                    images.iter().flat_map(|i| &i.layers).filter_map(|l| l.blob.as_ref().map(|b| (b, &l.diff_id))).collect();
+                self.layers.iter().map(|l| layers.get(&l.digest).map(|d| (*d).clone())).collect()
             }
         }
     }
-    Err(last)
+
+    fn image(&self, inner: &Inner, reference: &Reference, diff_ids: &[Digest]) -> Result<Image> {
+        let layer = |(diff_id, blob): (&Digest, &Descriptor)| Layer { diff_id: diff_id.clone(), blob: Some(blob.digest.clone()), blob_size: blob.size };
+        let (id, json, config) = match &self.identity {
+            Identity::Configured { id, json, parsed } => (id.clone(), json.clone(), parsed.config.clone()),
+            Identity::Legacy(legacy) => {
+                let json = schema1::configuration(legacy, diff_ids)?;
+                let config = manifest::configuration(json.as_bytes(), diff_ids.len(), &inner.platform)?.config;
+                (Hasher::of(json.as_bytes(), None)?, json, config)
+            }
+        };
+        Ok(Image {
+            id: ImageId::from_string(id.as_str()),
+            repo_tags: reference.repo_tag().into_iter().collect(),
+            repo_digests: vec![reference.repo_digest(&self.digest)],
+            layers: diff_ids.iter().zip(&self.layers).map(layer).collect(),
+            config,
+            config_json: json,
+            size: 0,
+            pinned: false,
+        })
+    }
 }
 
-async fn resolve_at(inner: &Inner, endpoint: Endpoint, reference: &Reference) -> Result<Resolved> {
+async fn resolve(inner: &Inner, request: &PullRequest) -> Result<Resolved> {
+    let reference = &request.reference;
+    let endpoint = inner.registries.endpoint(reference, request.credentials.as_ref()).await?;
     let limits = &inner.config.limits;
     let name = reference.digest().map(Digest::as_str).or(reference.tag()).unwrap_or("latest");
     let Served { mut bytes, digest, mut media_type } = endpoint.manifest(name, reference.digest(), limits.manifest_bytes).await?;
@@ -261,6 +278,7 @@ async fn resolve_at(inner: &Inner, endpoint: Endpoint, reference: &Reference) ->
     let (config, layers) = loop {
         match manifest::parse(&bytes, media_type.as_deref(), limits)? {
             Document::Manifest { config, layers } => break (config, layers),
+            Document::Legacy(legacy) => return resolve_legacy(inner, endpoint, digest, legacy).await,
             Document::Index(_) if depth == MAX_INDEX_DEPTH => return Err(Error::new(Kind::DataLoss, "read manifest: indexes nested too deeply")),
             Document::Index(entries) => {
                 depth += 1;
@@ -275,39 +293,77 @@ async fn resolve_at(inner: &Inner, endpoint: Endpoint, reference: &Reference) ->
     };
     let document = endpoint.small_blob(&config, limits.manifest_bytes).await?;
     let parsed = manifest::configuration(&document, layers.len(), &inner.platform)?;
-    let config_json = String::from_utf8(document.to_vec()).map_err(|e| Error::with(Kind::DataLoss, "read image configuration", e))?;
-    Ok(Resolved { endpoint, digest, config, config_json, configuration: parsed.config, layers, diff_ids: parsed.diff_ids })
+    let json = String::from_utf8(document.to_vec()).map_err(|e| Error::with(Kind::DataLoss, "read image configuration", e))?;
+    Ok(Resolved { endpoint, digest, identity: Identity::Configured { id: config.digest, json, parsed: Box::new(parsed) }, layers })
 }
 
-/// Brings every layer into the store or into staging; a diff id that occurs twice is done once.
-async fn fetch_layers(inner: &Arc<Inner>, resolved: &Resolved, flight: &Flight, threads: &TaskTracker) -> Result<Vec<Arc<layers::Flight>>> {
+/// Finds out how long the layers are, and before all that the image is for this machine.
+async fn resolve_legacy(inner: &Inner, endpoint: Endpoint, digest: Digest, legacy: schema1::Manifest) -> Result<Resolved> {
+    // Any digests do to see what the configuration will be.
+    let draft = schema1::configuration(&legacy, &legacy.layers)?;
+    manifest::configuration(draft.as_bytes(), legacy.layers.len(), &inner.platform)?;
+    let asked = &endpoint;
+    let sizes: Vec<u64> = futures_util::stream::iter(legacy.layers.clone())
+        .map(|blob| async move { asked.size(&blob).await })
+        .buffered(inner.config.max_parallel_layers.max(1))
+        .try_collect()
+        .await?;
+    let describe = |(digest, size): (&Digest, u64)| Descriptor { media_type: String::new(), digest: digest.clone(), size, platform: None, annotations: None };
+    let layers = legacy.layers.iter().zip(sizes).map(describe).collect();
+    Ok(Resolved { endpoint, digest, identity: Identity::Legacy(legacy), layers })
+}
+
+/// Brings every layer into the store or into staging; one that occurs twice is done once. Returns the diff id of each layer.
+async fn fetch_layers(
+    inner: &Arc<Inner>,
+    resolved: &Resolved,
+    known: &[Option<Digest>],
+    flight: &Flight,
+    threads: &TaskTracker,
+) -> Result<(Vec<Digest>, Vec<Arc<layers::Flight>>)> {
+    // By diff id where that is known, else by blob.
+    let keys: Vec<&Digest> = resolved.layers.iter().zip(known).map(|(blob, diff_id)| diff_id.as_ref().unwrap_or(&blob.digest)).collect();
     let mut seen = HashSet::new();
-    let distinct: Vec<usize> = (0..resolved.layers.len()).filter(|i| resolved.diff_ids.get(*i).is_some_and(|d| seen.insert(d))).collect();
-    let staged: Vec<Option<Arc<layers::Flight>>> = futures_util::stream::iter(distinct)
-        .map(|index| fetch_layer(inner, resolved, index, flight, threads))
+    let distinct: Vec<usize> = (0..keys.len()).filter(|i| keys.get(*i).is_some_and(|key| seen.insert(*key))).collect();
+    let fetched: Vec<(usize, Digest, Option<Arc<layers::Flight>>)> = futures_util::stream::iter(distinct)
+        .map(|index| async move {
+            let (Some(blob), Some(diff_id)) = (resolved.layers.get(index), known.get(index)) else { return Err(Error::internal("fetch layer: no such layer")) };
+            let (diff_id, staged) = fetch_layer(inner, &resolved.endpoint, index, (blob, diff_id.as_ref()), flight, threads).await?;
+            Ok((index, diff_id, staged))
+        })
         .buffer_unordered(inner.config.max_parallel_layers.max(1))
         .try_collect()
         .await?;
-    Ok(staged.into_iter().flatten().collect())
+    let found: HashMap<&Digest, &Digest> = fetched.iter().filter_map(|(index, diff_id, _)| Some((*keys.get(*index)?, diff_id))).collect();
+    let diff_ids = keys.iter().filter_map(|key| found.get(key).map(|d| (*d).clone())).collect();
+    Ok((diff_ids, fetched.into_iter().filter_map(|(.., staged)| staged).collect()))
 }
 
-async fn fetch_layer(inner: &Arc<Inner>, resolved: &Resolved, index: usize, flight: &Flight, threads: &TaskTracker) -> Result<Option<Arc<layers::Flight>>> {
-    let (Some(blob), Some(diff_id)) = (resolved.layers.get(index), resolved.diff_ids.get(index)) else { return Ok(None) };
-    if inner.layers.contains(diff_id) {
+async fn fetch_layer(
+    inner: &Arc<Inner>,
+    endpoint: &Endpoint,
+    index: usize,
+    (blob, diff_id): (&Descriptor, Option<&Digest>),
+    flight: &Flight,
+    threads: &TaskTracker,
+) -> Result<(Digest, Option<Arc<layers::Flight>>)> {
+    if let Some(present) = diff_id.filter(|d| inner.layers.contains(d)) {
         flight.tell(&PullEvent::Exists { layer: index });
-        return Ok(None);
+        return Ok((present.clone(), None));
     }
-    let shared = inner.layers.flight(diff_id);
-    shared
+    // A blob and an archive of one digest are the same bytes, so the two kinds of key do not get in each other's way.
+    let shared = inner.layers.flight(diff_id.unwrap_or(&blob.digest));
+    let staged = shared
         .get_or_try_init(|| async {
             let _permit = inner.layer_permits.acquire().await.map_err(|_| Error::internal("fetch layer: shutting down"))?;
             let told = |bytes| flight.tell(&PullEvent::Downloaded { layer: index, bytes });
-            download(inner, &resolved.endpoint, blob, diff_id, told, threads).await.map(Arc::new)
+            download(inner, endpoint, blob, diff_id, told, threads).await.map(Arc::new)
         })
         .await?;
+    let found = staged.record.diff_id.clone();
     flight.tell(&PullEvent::Unpacked { layer: index });
     // The flight, not only what it brought: until the commit, other pulls find the layer through it.
-    Ok(Some(shared))
+    Ok((found, Some(shared)))
 }
 
 /// Network on this task, unpacking on threads, a bounded channel between.
@@ -315,14 +371,14 @@ async fn download(
     inner: &Arc<Inner>,
     endpoint: &Endpoint,
     blob: &Descriptor,
-    diff_id: &Digest,
+    diff_id: Option<&Digest>,
     progress: impl FnMut(u64),
     threads: &TaskTracker,
 ) -> Result<Staged> {
     let (to, mut pieces) = mpsc::channel::<Bytes>(PIECES);
     let (ended, end) = oneshot::channel::<()>();
     let (answer, staged) = oneshot::channel();
-    let expected = Expected { blob: Some(blob.digest.clone()), size: Some(blob.size), diff_id: Some(diff_id.clone()) };
+    let expected = Expected { blob: Some(blob.digest.clone()), size: Some(blob.size), diff_id: diff_id.cloned() };
     let (store, limits, token) = (inner.layers.clone(), inner.config.limits, threads.token());
     let mut end = Some(end);
     std::thread::Builder::new()

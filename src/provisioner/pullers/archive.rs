@@ -155,7 +155,7 @@ fn docker_image(inner: &Inner, files: &Files, entry: DockerEntry) -> Result<Want
     {
         return Err(Error::new(Kind::DataLoss, format!("read {}: digest is {config_digest}", entry.config)));
     }
-    let names = entry.repo_tags.unwrap_or_default().iter().map(|t| t.parse()).collect::<Result<_>>()?;
+    let names = entry.repo_tags.unwrap_or_default().iter().map(|t| t.parse().map(|name| inner.config.qualify_or_keep(name))).collect::<Result<_>>()?;
     let layers = entry.layers.into_iter().map(|member| (member, Expected::default())).collect();
     Ok(Wanted { names, manifest: None, config, config_digest, layers })
 }
@@ -172,10 +172,11 @@ fn oci_image(inner: &Inner, files: &Files, top: &Descriptor) -> Result<Option<Wa
                 Err(e) if e.kind == Kind::NotFound => return Ok(None),
                 Err(e) => return Err(e),
             },
+            Document::Legacy(_) => return Err(Error::new(Kind::DataLoss, "read image layout: layouts have no schema 1 manifests")),
             Document::Manifest { config, layers } => {
                 let expected = |d: &Descriptor| Expected { blob: Some(d.digest.clone()), size: Some(d.size), diff_id: None };
                 return Ok(Some(Wanted {
-                    names: name_of(top).into_iter().collect(),
+                    names: name_of(top).map(|name| inner.config.qualify_or_keep(name)).into_iter().collect(),
                     manifest: Some(top.digest.clone()),
                     config: files.blob(&config, limits.manifest_bytes)?,
                     config_digest: config.digest,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::schema1::{self, PLAIN, SIGNED};
 use crate::model::Digest;
 use crate::model::error::{Error, Kind, Result};
 use crate::model::image::ImageConfig;
@@ -64,6 +65,8 @@ pub enum Document {
     },
     /// Several.
     Index(Vec<Descriptor>),
+    /// One image in Docker's first form.
+    Legacy(schema1::Manifest),
 }
 
 #[derive(Deserialize)]
@@ -74,9 +77,10 @@ struct Raw {
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
     manifests: Option<Vec<Descriptor>>,
+    fs_layers: Option<serde::de::IgnoredAny>,
 }
 
-fn bad(why: impl Into<String>) -> Error {
+pub(super) fn bad(why: impl Into<String>) -> Error {
     Error::new(Kind::DataLoss, format!("read manifest: {}", why.into()))
 }
 
@@ -87,8 +91,13 @@ fn bad(why: impl Into<String>) -> Error {
 /// `DataLoss` for anything ambiguous or malformed, `ResourceExhausted` beyond the limits.
 pub fn parse(bytes: &[u8], served: Option<&str>, limits: &Limits) -> Result<Document> {
     let raw: Raw = serde_json::from_slice(bytes).map_err(|e| Error::with(Kind::DataLoss, "read manifest", e))?;
-    if raw.schema_version != Some(2) {
-        return Err(bad("schema version is not 2"));
+    let served = served.map(|s| s.split(';').next().unwrap_or_default().trim());
+    let modern = raw.manifests.is_some() || raw.config.is_some() || raw.layers.is_some();
+    match raw.schema_version {
+        Some(1) if !modern => return legacy(bytes, &raw, served, limits),
+        Some(2) if raw.fs_layers.is_none() => {}
+        Some(1 | 2) => return Err(bad("it is of two schema versions at once")),
+        _ => return Err(bad("schema version is neither 1 nor 2")),
     }
     let is_index = match (raw.manifests.is_some(), raw.config.is_some() || raw.layers.is_some()) {
         (true, false) => true,
@@ -96,12 +105,11 @@ pub fn parse(bytes: &[u8], served: Option<&str>, limits: &Limits) -> Result<Docu
         _ => return Err(bad("neither clearly an index nor clearly an image")),
     };
     // A transport may say nothing useful (a file, a proxy); what it does say about manifests must agree.
-    let served = served.map(|s| s.split(';').next().unwrap_or_default().trim());
     for claim in [served, raw.media_type.as_deref()].into_iter().flatten() {
         match claim {
             OCI_INDEX | DOCKER_LIST if is_index => {}
             OCI_MANIFEST | DOCKER_MANIFEST if !is_index => {}
-            OCI_INDEX | DOCKER_LIST | OCI_MANIFEST | DOCKER_MANIFEST => return Err(bad(format!("its content is not what {claim} means"))),
+            OCI_INDEX | DOCKER_LIST | OCI_MANIFEST | DOCKER_MANIFEST | PLAIN | SIGNED => return Err(bad(format!("its content is not what {claim} means"))),
             _ if raw.media_type.as_deref() == Some(claim) => return Err(bad(format!("media type {claim} is not that of an image"))),
             _ => {}
         }
@@ -120,6 +128,17 @@ pub fn parse(bytes: &[u8], served: Option<&str>, limits: &Limits) -> Result<Docu
         }
         _ => Err(bad("configuration or layers are missing")),
     }
+}
+
+/// The first form. It has no media type of its own; what the transport says must not be one of the later ones.
+fn legacy(bytes: &[u8], raw: &Raw, served: Option<&str>, limits: &Limits) -> Result<Document> {
+    for claim in [served, raw.media_type.as_deref()].into_iter().flatten() {
+        let later = matches!(claim, OCI_INDEX | DOCKER_LIST | OCI_MANIFEST | DOCKER_MANIFEST);
+        if later || (raw.media_type.as_deref() == Some(claim) && !matches!(claim, PLAIN | SIGNED)) {
+            return Err(bad(format!("its content is not what {claim} means")));
+        }
+    }
+    schema1::parse(bytes, limits).map(Document::Legacy)
 }
 
 /// The entry of an index for `platform`: the same variant if there is one, else the best that runs here.

@@ -2,5 +2,9 @@
 
 pub mod archive;
 mod auth;
+pub mod docker_config;
+mod helper;
 pub mod manifest;
 pub mod registry;
+pub mod schema1;
+pub mod settings;
