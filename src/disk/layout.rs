@@ -47,11 +47,6 @@ impl Layout {
         self.layers().join(diff_id.hex().get(..LAYER_HEX).unwrap_or(diff_id.hex()))
     }
 
-    /// One layer's files.
-    pub fn layer_fs(&self, diff_id: &Digest) -> PathBuf {
-        self.layer(diff_id).join("fs")
-    }
-
     /// Image records.
     pub fn images(&self) -> PathBuf {
         self.store().join("images")

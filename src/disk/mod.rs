@@ -4,8 +4,9 @@
 //! root (persistent, 0700, default /var/lib/mesocri)
 //! ├── version                        format number of everything below
 //! ├── store/
-//! │   ├── layers/<short>/            one layer: fs/ (its files) and layer.json (diff id, bytes, inodes); <short> is the first
-//! │   │                              32 hex digits of the diff id, so that lowerdir options stay short
+//! │   ├── layers/<short>/            one layer: fs/ (its files) or fs.erofs (an image of them), and layer.json (diff id, form,
+//! │   │                              bytes, inodes); <short> is the first 32 hex digits of the diff id, so that lowerdir
+//! │   │                              options stay short
 //! │   ├── images/<hex>.json          one image record; writing it is the commit point of a pull
 //! │   ├── staging/<random>/          layers being unpacked; swept at start
 //! │   ├── leases/<id>.json           what holds layers that no image record holds
@@ -30,6 +31,7 @@
 //! ```
 
 pub mod bundle;
+pub mod layer;
 pub mod layout;
 pub mod pods;
 pub mod record;

@@ -28,6 +28,10 @@ impl Fault {
         Self { object, errno }
     }
 
+    pub(super) fn errno(&self) -> i32 {
+        self.errno
+    }
+
     pub(super) fn at(self, step: &str) -> StepError {
         StepError { step: step.to_owned(), object: self.object, errno: self.errno }
     }

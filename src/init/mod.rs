@@ -21,6 +21,7 @@ mod launch;
 mod mounts;
 mod namespaces;
 mod options;
+pub mod overlay;
 mod parent;
 mod procfs;
 mod resolve;

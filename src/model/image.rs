@@ -91,11 +91,11 @@ pub struct FsUsage {
 /// One mount of a root filesystem, in the order to be made; same form as containerd's `Mount`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootMount {
-    /// `overlay` or `bind`.
+    /// `overlay`, `bind`, `erofs` or `aufs`.
     pub fstype: String,
     /// Source, as in mount(2).
     pub source: String,
-    /// Options; overlay's `lowerdir=` lists the topmost layer first.
+    /// Options; overlay's `lowerdir=` lists the topmost layer first, a name ending in `.erofs` being an image to mount.
     pub options: Vec<String>,
 }
 
@@ -106,7 +106,7 @@ pub struct RootFs {
     pub backend: String,
     /// Mounts to make at the container's root.
     pub mounts: Vec<RootMount>,
-    /// Host directories that together show the image's files, topmost first; for reading `/etc/passwd` and the like
+    /// Host directories (or images, see `disk::layer`) that together show the image's files, topmost first; for reading `/etc/passwd` and the like
     /// without mounting. Includes the writable one.
     pub lookup: Vec<std::path::PathBuf>,
     /// The writable directory, whose usage is the container's.

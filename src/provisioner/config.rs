@@ -46,8 +46,12 @@ pub struct Config {
     pub proxy: Proxy,
     /// Images never collected automatically: full references, or prefixes ending in `*`.
     pub pinned: Vec<String>,
-    /// Backend for root filesystems: `overlay`, `copy`; empty chooses the first that works here.
+    /// Backend for root filesystems: `overlay`, `aufs`, `copy`; `bind` (read-only); `erofs` (layers kept as one image each). Empty
+    /// chooses the first of the former three that works here; one that is named must work, or the daemon does not start.
     pub backend: String,
+    /// Let a real mount alone decide where Mesos's validation table forbids a backend for what kernels of its day lacked: overlay
+    /// on btrfs and zfs.
+    pub backend_by_probe: bool,
     /// Bounds on what an image may ask of this machine.
     pub limits: Limits,
 }
@@ -88,6 +92,7 @@ impl Default for Config {
             proxy: Proxy::default(),
             pinned: Vec::new(),
             backend: String::new(),
+            backend_by_probe: false,
             limits: Limits::default(),
         }
     }

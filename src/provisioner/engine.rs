@@ -59,7 +59,8 @@ impl Provisioner {
             let pinned = |image: &Image| config.is_pinned(image.repo_tags.iter().chain(&image.repo_digests));
             let images = Index::open(&layout, |d| layers.contains(d), pinned)?;
             let leases = Leases::open(&layout)?;
-            let backend = backends::choose(&config.backend, &layout)?;
+            let backend = backends::choose(&config.backend, config.backend_by_probe, &layout)?;
+            layers.keep_as(backend.form());
             let counts = Counts::default();
             for lease in leases.all() {
                 if let Some(dir) = &lease.rootfs.writable {
@@ -125,11 +126,11 @@ impl Inner {
     /// Has the backend build it, or the copy if these layers are beyond the backend.
     fn build(&self, dir: &Path, layers: &[Digest]) -> Result<RootFs> {
         let visible = self.visible(layers);
-        let paths: Vec<PathBuf> = visible.iter().map(|(path, _)| path.clone()).collect();
-        let rootfs = match self.backend.provision(dir, &paths) {
+        let stack: Vec<_> = visible.iter().map(|(path, record)| backends::Layer { path, marks: record.marks }).collect();
+        let rootfs = match self.backend.provision(dir, &stack) {
             Err(e) if e.kind == Kind::Unimplemented => {
                 tracing::info!(directory = %dir.display(), error = %e, "falling back to a copy");
-                backends::fallback().provision(dir, &paths)
+                backends::fallback().provision(dir, &stack)
             }
             other => other,
         }?;

@@ -14,7 +14,7 @@ use crate::model::error::{Act, Result};
 
 /// One layer: its files and what its archive implied.
 pub struct Layer<'a> {
-    /// Directory with its files.
+    /// Its files, in any form.
     pub files: &'a Path,
     /// Paths without metadata of their own.
     pub implied: &'a [String],
@@ -80,7 +80,7 @@ fn shown(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<Stat> {
 }
 
 fn open_root(path: &Path) -> Result<OwnedFd> {
-    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).act("open directory", path.display())
+    crate::disk::layer::root(path).act("open layer", path.display())
 }
 
 /// Directories only, through no link: layers are hostile and this runs on the host.

@@ -9,12 +9,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 
-use super::unpack::{Expected, Source, Unpacked, unpack};
+use super::unpack::{Expected, Form, Source, Unpacked, unpack};
 use super::{config::Limits, remove, usage};
 use crate::disk::layout::Layout;
 use crate::disk::record::{self, Durability};
@@ -24,8 +24,13 @@ use crate::model::image::FsUsage;
 
 /// Name of the record in a layer's directory.
 const RECORD: &str = "layer.json";
-/// Name of the files in a layer's directory.
-const FILES: &str = "fs";
+/// Name of the files in a layer's directory, by the form in which they are kept.
+const fn files_name(form: Form) -> &'static str {
+    match form {
+        Form::Directory => "fs",
+        Form::Erofs => "fs.erofs",
+    }
+}
 
 /// What is kept about a layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +47,16 @@ pub struct LayerRecord {
     /// Directories that its archive did not list, so that they have default metadata here.
     #[serde(default)]
     pub implied: Vec<String>,
+    /// How its files are kept.
+    #[serde(default)]
+    pub form: Form,
+    /// It has whiteouts or opaque directories; older records do not say.
+    #[serde(default = "maybe")]
+    pub marks: bool,
+}
+
+fn maybe() -> bool {
+    true
 }
 
 /// A layer that is unpacked and verified but not yet part of the store.
@@ -67,6 +82,8 @@ pub struct Layers {
 
 struct Shared {
     layout: Layout,
+    /// How new layers are kept; directories until someone says otherwise.
+    form: OnceLock<Form>,
     state: Mutex<State>,
 }
 
@@ -114,9 +131,14 @@ impl Layers {
             }
         }
         let state = Mutex::new(State { known, ..State::default() });
-        let this = Self { shared: Arc::new(Shared { layout: layout.clone(), state }) };
+        let this = Self { shared: Arc::new(Shared { layout: layout.clone(), form: OnceLock::new(), state }) };
         this.sweep_staging()?;
         Ok(this)
+    }
+
+    /// Says how new layers are kept; the first word counts. Those that are there stay as they are.
+    pub fn keep_as(&self, form: Form) {
+        let _ = self.shared.form.set(form);
     }
 
     /// Whether the layer is in the store.
@@ -179,11 +201,15 @@ impl Layers {
     }
 
     fn fill(&self, dir: &std::path::Path, source: Source<'_>, expected: &Expected, limits: Limits) -> Result<LayerRecord> {
-        let root = dir.join(FILES);
+        let form = self.shared.form.get().copied().unwrap_or_default();
+        let root = dir.join(files_name(form));
         make_private(dir)?;
-        std::fs::create_dir(&root).act("create directory", root.display())?;
-        let Unpacked { diff_id, tree, .. } = unpack(source, &root, expected, limits)?;
-        let record = LayerRecord { diff_id, bytes: tree.usage.bytes, inodes: tree.usage.inodes, opaque_root: tree.opaque_root, implied: tree.implied };
+        if form == Form::Directory {
+            std::fs::create_dir(&root).act("create directory", root.display())?;
+        }
+        let Unpacked { diff_id, tree, .. } = unpack(source, &root, form, expected, limits)?;
+        let FsUsage { bytes, inodes } = tree.usage;
+        let record = LayerRecord { diff_id, bytes, inodes, opaque_root: tree.opaque_root, implied: tree.implied, form, marks: tree.marks };
         record::write(&dir.join(RECORD), &record, Durability::Atomic)?;
         Ok(record)
     }
@@ -293,9 +319,10 @@ impl Layers {
         self.shared.lock().known.values().fold(FsUsage::default(), |sum, k| usage::add(sum, k.disk))
     }
 
-    /// The directory with a layer's files.
+    /// A layer's files: a directory, or an image ([`crate::disk::layer`]).
     pub fn files(&self, diff_id: &Digest) -> PathBuf {
-        self.shared.layout.layer_fs(diff_id)
+        let form = self.get(diff_id).map(|record| record.form).unwrap_or_default();
+        self.shared.layout.layer(diff_id).join(files_name(form))
     }
 }
 
@@ -354,7 +381,12 @@ fn load(layout: &Layout, dir: &std::path::Path) -> Result<LayerRecord> {
     if layout.layer(&record.diff_id) != dir {
         return Err(Error::new(Kind::DataLoss, format!("check layer {}: its record is that of {}", dir.display(), record.diff_id)));
     }
-    if !dir.join(FILES).is_dir() {
+    let files = dir.join(files_name(record.form));
+    let there = match record.form {
+        Form::Directory => files.is_dir(),
+        Form::Erofs => files.is_file(),
+    };
+    if !there {
         return Err(Error::new(Kind::DataLoss, format!("check layer {}: its files are missing", dir.display())));
     }
     Ok(record)

@@ -5,6 +5,7 @@
 pub mod bpf;
 pub mod clone;
 pub mod daemon;
+pub mod loopdev;
 pub mod mount;
 pub mod pages;
 pub mod process;

@@ -43,7 +43,7 @@ impl Dir {
     /// # Errors
     /// When a layer cannot be opened.
     pub fn root(layers: &[PathBuf]) -> Result<Self> {
-        let open = |path: &PathBuf| rustix::fs::open(path, DIRECTORY, Mode::empty()).act("open layer", path.display());
+        let open = |path: &PathBuf| crate::disk::layer::root(path).act("open layer", path.display());
         Ok(Self { parts: layers.iter().map(open).collect::<Result<_>>()? })
     }
 

@@ -6,36 +6,72 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::{Backend, overlay::copy_root};
-use crate::model::error::{Act, Result};
+use super::overlay::{copy_root, make_probe_layers, probe_dir};
+use super::{Backend, Layer};
+use crate::disk::{layer, layout::Layout};
+use crate::model::error::{Act, Kind, Result};
 use crate::model::image::{RootFs, RootMount};
 use crate::provisioner::remove;
+use crate::provisioner::unpack::Form;
 use crate::provisioner::unpack::tree::{OPAQUE, is_whiteout};
 
 /// Longest list of attribute names and longest value that the kernel gives.
 const XATTR_MAX: usize = 64 << 10;
+/// Levels of directories copied; each takes three descriptors and some stack. Honest images have fewer than a hundred.
+const MAX_DEPTH: usize = 400;
 
 /// The copy backend.
-pub struct Copy;
+pub struct Copy {
+    form: Form,
+}
+
+impl Copy {
+    /// Looks how layers can be kept: where whiteouts cannot be made (on another overlay), as images, which need only a file.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn probe(layout: &Layout) -> Result<Self> {
+        let dir = probe_dir(layout);
+        let form = match make_probe_layers(&dir) {
+            Ok(()) => Form::Directory,
+            Err(e) if e.kind == Kind::ResourceExhausted => Form::Directory,
+            Err(e) => {
+                tracing::info!(error = %e, "layers are kept as images");
+                Form::Erofs
+            }
+        };
+        remove::tree(&dir)?;
+        Ok(Self { form })
+    }
+
+    /// For layers that are there already.
+    pub fn fallback() -> Self {
+        Self { form: Form::Directory }
+    }
+}
 
 impl Backend for Copy {
     fn name(&self) -> &'static str {
         "copy"
     }
 
-    fn provision(&self, dir: &Path, layers: &[PathBuf]) -> Result<RootFs> {
+    fn form(&self) -> Form {
+        self.form
+    }
+
+    fn provision(&self, dir: &Path, layers: &[Layer<'_>]) -> Result<RootFs> {
         let root = dir.join("fs");
         std::fs::create_dir(&root).act("create directory", root.display())?;
         let to = open_dir_path(&root)?;
-        for layer in layers {
-            let from = open_dir_path(layer)?;
+        for Layer { path, .. } in layers {
+            let from = open_layer(path)?;
             // Hard links hold within a layer only, as in overlay.
             let mut linked = HashMap::new();
-            merge(from.as_fd(), to.as_fd(), to.as_fd(), &mut linked, Path::new("")).act("copy layer", layer.display())?;
-            copy_root(layer, &root)?;
+            merge(from.as_fd(), to.as_fd(), to.as_fd(), &mut linked, (Path::new(""), 0)).act("copy layer", path.display())?;
+            copy_root(path, &root)?;
         }
         Ok(RootFs {
             backend: self.name().to_owned(),
@@ -49,7 +85,10 @@ impl Backend for Copy {
 type Linked = HashMap<(u64, u64), PathBuf>;
 
 /// Applies the directory `from` of one layer to the directory `to`.
-fn merge(from: BorrowedFd<'_>, to: BorrowedFd<'_>, root: BorrowedFd<'_>, linked: &mut Linked, path: &Path) -> rustix::io::Result<()> {
+fn merge(from: BorrowedFd<'_>, to: BorrowedFd<'_>, root: BorrowedFd<'_>, linked: &mut Linked, (path, depth): (&Path, usize)) -> rustix::io::Result<()> {
+    if depth > MAX_DEPTH {
+        return Err(Errno::NAMETOOLONG);
+    }
     for entry in Dir::read_from(from)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -73,7 +112,7 @@ fn merge(from: BorrowedFd<'_>, to: BorrowedFd<'_>, root: BorrowedFd<'_>, linked:
                 rustix::fs::mkdirat(to, name, Mode::from_raw_mode(0o700))?;
             }
             let (from, to) = (open_dir(from, name)?, open_dir(to, name)?);
-            merge(from.as_fd(), to.as_fd(), root, linked, &below)?;
+            merge(from.as_fd(), to.as_fd(), root, linked, (&below, depth + 1))?;
             finish(from.as_fd(), to.as_fd(), &stat)?;
             continue;
         }
@@ -121,22 +160,39 @@ fn one(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &std::ffi::CStr, stat: &S
     rustix::fs::utimensat(to, name, &times(stat), AtFlags::SYMLINK_NOFOLLOW)
 }
 
-/// Shares extents where the file system can, else copies inside the kernel.
+/// Shares extents where the file system can, else copies inside the kernel. Holes stay holes.
 fn content(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> rustix::io::Result<()> {
     if size == 0 || rustix::fs::ioctl_ficlone(to, from).is_ok() {
         return Ok(());
     }
-    let mut left = size;
-    while left > 0 {
-        match rustix::fs::copy_file_range(from, None, to, None, usize::try_from(left).unwrap_or(usize::MAX >> 1)) {
+    let mut at = 0;
+    while at < size {
+        let start = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Nothing but a hole is left.
+            Err(Errno::NXIO) => break,
+            Err(_) => at,
+        };
+        let end = rustix::fs::seek(from, SeekFrom::Hole(start)).unwrap_or(size).min(size);
+        extent(from, to, start, end)?;
+        at = end.max(start + 1);
+    }
+    rustix::fs::ftruncate(to, size)
+}
+
+fn extent(from: BorrowedFd<'_>, to: BorrowedFd<'_>, mut at: u64, end: u64) -> rustix::io::Result<()> {
+    while at < end {
+        let (mut source, mut target) = (at, at);
+        match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), usize::try_from(end - at).unwrap_or(usize::MAX >> 1)) {
             Ok(0) => return Ok(()),
-            Ok(n) => left -= n as u64,
+            Ok(n) => at += n as u64,
             Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                let sent = rustix::fs::sendfile(to, from, None, usize::try_from(left.min(1 << 30)).unwrap_or(1 << 30))?;
+                rustix::fs::seek(to, SeekFrom::Start(at))?;
+                let sent = rustix::fs::sendfile(to, from, Some(&mut source), usize::try_from((end - at).min(1 << 30)).unwrap_or(1 << 30))?;
                 if sent == 0 {
                     return Ok(());
                 }
-                left -= sent as u64;
+                at += sent as u64;
             }
             Err(Errno::INTR) => {}
             Err(e) => return Err(e),
@@ -184,4 +240,10 @@ fn open_dir(at: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<Own
 
 fn open_dir_path(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).act("open directory", path.display())
+}
+
+/// A layer's root, readable.
+fn open_layer(path: &Path) -> Result<OwnedFd> {
+    let root = layer::root(path).act("open layer", path.display())?;
+    rustix::fs::openat(&root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).act("open layer", path.display())
 }

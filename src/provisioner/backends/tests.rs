@@ -1,97 +1,104 @@
-//! Conformance of backends: every row gives the same tree from the same layers. Needs root: nodes are made and overlay is mounted.
+//! Conformance of backends: on every file system, every row that the table allows gives the same tree from the same layers, in
+//! whatever form they are kept. Needs root; file systems live in files on loop devices, in mount namespaces that end with their
+//! threads.
+
+mod file_systems;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
+
+use nix::mount::{MntFlags, MsFlags};
 
 use super::*;
-use crate::provisioner::unpack::tree::OPAQUE;
+use crate::model::Kind;
+use crate::provisioner::config::Limits;
+use crate::provisioner::remove;
+use crate::provisioner::unpack::tests::{Item, archive, file, item, link, pax};
+use crate::provisioner::unpack::{Expected, file_source, unpack};
 
+/// A store on some file system, with layers in several forms.
 struct Place {
-    dir: tempfile::TempDir,
+    dir: PathBuf,
     layout: Layout,
-    layers: Vec<PathBuf>,
 }
 
 impl Place {
-    fn new(layers: usize) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(dir.path().join("r"), dir.path().join("s"));
-        std::fs::create_dir_all(layout.staging()).unwrap();
-        let layers: Vec<_> = (0..layers).map(|n| layout.layers().join(format!("{n:032x}/fs"))).collect();
-        for layer in &layers {
-            std::fs::create_dir_all(layer).unwrap();
+    fn new(dir: &Path) -> Self {
+        let layout = Layout::new(dir.join("r"), dir.join("s"));
+        for dir in [layout.staging(), layout.layers(), layout.rootfs_all()] {
+            std::fs::create_dir_all(dir).unwrap();
         }
-        Self { dir, layout, layers }
+        Self { dir: dir.to_owned(), layout }
     }
 
-    fn write(&self, layer: usize, path: &str, text: &str) -> PathBuf {
-        let path = self.layers[layer].join(path);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(&path, text).unwrap();
-        path
-    }
-
-    fn hide(&self, layer: usize, path: &str) {
-        let path = self.write(layer, path, "");
-        std::fs::remove_file(&path).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0).unwrap();
-    }
-
-    /// Path to a line that says everything a container could see of it.
-    fn tree(&self, name: &str) -> BTreeMap<String, String> {
-        let backend = choose(name, &self.layout).unwrap();
-        let dir = self.dir.path().join(format!("rootfs-{name}"));
-        std::fs::create_dir(&dir).unwrap();
-        let rootfs = backend.provision(&dir, &self.layers).unwrap();
-        assert_eq!(rootfs.backend, name);
-        let target = self.dir.path().join(format!("merged-{name}"));
-        std::fs::create_dir(&target).unwrap();
-        let mounts = rootfs.mounts;
-        // A mount namespace that ends with its thread, so that nothing stays mounted.
-        let tree = std::thread::spawn(move || {
-            use nix::mount::MsFlags;
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            nix::mount::mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-            for mount in &mounts {
-                mount_one(mount, &target);
+    /// Unpacks layers; `form` says how each is kept.
+    fn layers(&self, archives: &[Vec<u8>], name: &str, form: impl Fn(usize) -> Form) -> Vec<PathBuf> {
+        let one = |(number, blob): (usize, &Vec<u8>)| {
+            let dir = self.layout.layers().join(format!("{name}-{number:04}"));
+            std::fs::create_dir(&dir).unwrap();
+            let form = form(number);
+            let path = dir.join(if form == Form::Erofs { "fs.erofs" } else { "fs" });
+            if form == Form::Directory {
+                std::fs::create_dir(&path).unwrap();
             }
-            let mut tree = BTreeMap::new();
-            walk(&target, &target, &mut tree);
-            // It is writable, and writing does not reach the layers.
+            unpack(file_source(&blob[..]), &path, form, &Expected::default(), Limits::default()).unwrap();
+            path
+        };
+        archives.iter().enumerate().map(one).collect()
+    }
+
+    /// What a container would see, path to line. Classic is the way of old kernels.
+    fn tree(&self, backend: &dyn Backend, layers: &[PathBuf], classic: bool) -> BTreeMap<String, String> {
+        let dir = self.layout.rootfs_all().join(format!("c-{}-{classic}-{}", backend.name(), layers[0].parent().unwrap().file_name().unwrap().display()));
+        std::fs::create_dir(&dir).unwrap();
+        let stack: Vec<_> = layers.iter().map(|path| Layer { path, marks: false }).collect();
+        let rootfs = backend.provision(&dir, &stack).unwrap();
+        assert_eq!(rootfs.backend, backend.name());
+        assert!(rootfs.lookup.iter().all(|p| p.exists()));
+        let target = self.dir.join("merged");
+        std::fs::create_dir_all(&target).unwrap();
+        for mount in &rootfs.mounts {
+            mount_one(mount, &target, classic);
+        }
+        let mut tree = BTreeMap::new();
+        walk(&target, &target, &mut tree);
+        if rootfs.writable.is_some() {
+            // Writing works, and does not reach the layers.
             std::fs::write(target.join("written"), "x").unwrap();
-            tree
-        });
-        let tree = tree.join().unwrap();
-        assert!(self.layers.iter().all(|l| !l.join("written").exists()));
+            std::fs::remove_file(target.join("gone/again")).unwrap_or_default();
+            assert!(!target.join("gone/again").exists());
+            let untouched = |path: &PathBuf| !crate::disk::layer::is_image(path) && path.join("written").exists();
+            assert!(!layers.iter().any(untouched));
+        } else {
+            assert_eq!(std::fs::write(target.join("written"), "x").unwrap_err().raw_os_error(), Some(libc::EROFS));
+        }
+        while nix::mount::umount2(&target, MntFlags::MNT_DETACH).is_ok() {}
         for _ in 0..2 {
-            crate::provisioner::remove::tree(&dir).unwrap();
+            remove::tree(&dir).unwrap();
         }
         tree
     }
 }
 
-fn mount_one(mount: &crate::model::image::RootMount, target: &Path) {
-    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
-    use std::os::fd::AsFd;
-    if mount.fstype == "bind" {
-        nix::mount::mount(Some(mount.source.as_str()), target, None::<&str>, nix::mount::MsFlags::MS_BIND, None::<&str>).unwrap();
-        return;
-    }
-    // One lower directory at a time: 128 of them do not fit into the page of mount(2).
-    let fs = rustix::mount::fsopen(mount.fstype.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
-    for option in &mount.options {
-        let (key, value) = option.split_once('=').unwrap();
-        if key == "lowerdir" {
-            for lower in value.split(':') {
-                rustix::mount::fsconfig_set_string(fs.as_fd(), "lowerdir+", lower).unwrap();
+/// As init does it.
+fn mount_one(mount: &crate::model::image::RootMount, target: &Path, classic: bool) {
+    let data: Vec<String> = mount.options.iter().filter(|o| *o != "ro").cloned().collect();
+    match mount.fstype.as_str() {
+        "overlay" => crate::init::overlay::mount_on(target, &data, classic).unwrap(),
+        "erofs" => {
+            let made = crate::disk::layer::mount(Path::new(&mount.source), rustix::mount::MountAttrFlags::empty()).unwrap();
+            let flags = rustix::mount::MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+            rustix::mount::move_mount(&made, "", rustix::fs::CWD, target, flags).unwrap();
+        }
+        _ => {
+            nix::mount::mount(Some(mount.source.as_str()), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+            if mount.options.iter().any(|o| o == "ro") {
+                let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+                nix::mount::mount(None::<&str>, target, None::<&str>, flags, None::<&str>).unwrap();
             }
-        } else {
-            rustix::mount::fsconfig_set_string(fs.as_fd(), key, value).unwrap();
         }
     }
-    rustix::mount::fsconfig_create(fs.as_fd()).unwrap();
-    let made = rustix::mount::fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
-    rustix::mount::move_mount(made.as_fd(), "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).unwrap();
 }
 
 fn walk(root: &Path, dir: &Path, tree: &mut BTreeMap<String, String>) {
@@ -105,11 +112,11 @@ fn walk(root: &Path, dir: &Path, tree: &mut BTreeMap<String, String>) {
             () => String::new(),
         };
         let links = if kind.is_dir() { 0 } else { meta.nlink() };
-        let mtime = if kind.is_dir() { 0 } else { meta.mtime() };
+        let mtime = if kind.is_dir() { (0, 0) } else { (meta.mtime(), meta.mtime_nsec()) };
         let mut value = [0u8; 64];
         let n = rustix::fs::lgetxattr(path, "user.note", value.as_mut_slice()).unwrap_or(0);
         let note = String::from_utf8_lossy(&value[..n]).into_owned();
-        let line = format!("{:o} {}:{} links {links} at {mtime} [{note}] {content}", meta.mode(), meta.uid(), meta.gid());
+        let line = format!("{:o} {}:{} links {links} at {mtime:?} [{note}] {content}", meta.mode(), meta.uid(), meta.gid());
         tree.insert(path.strip_prefix(root).unwrap().display().to_string(), line);
         kind.is_dir()
     };
@@ -123,64 +130,158 @@ fn walk(root: &Path, dir: &Path, tree: &mut BTreeMap<String, String>) {
     }
 }
 
-#[test]
-fn all_give_the_same_tree() {
-    let place = Place::new(3);
-    place.write(0, "gone/below", "1");
-    place.write(0, "opaque/below", "1");
-    place.write(0, "was-dir/x", "1");
-    place.write(0, "was-file", "1");
-    place.write(0, "stays/low", "low");
-    let first = place.write(0, "hard/a", "linked");
-    std::fs::hard_link(&first, place.layers[0].join("hard/b")).unwrap();
-    let setuid = place.write(0, "setuid", "s");
-    std::os::unix::fs::lchown(&setuid, Some(1000), Some(1001)).unwrap();
-    std::fs::set_permissions(&setuid, std::fs::Permissions::from_mode(0o4711)).unwrap();
-    rustix::fs::lsetxattr(&setuid, "user.note", b"kept", rustix::fs::XattrFlags::empty()).unwrap();
-    std::os::unix::fs::symlink("/etc/passwd", place.layers[0].join("link")).unwrap();
-    rustix::fs::mknodat(rustix::fs::CWD, place.layers[0].join("null"), rustix::fs::FileType::CharacterDevice, 0o666.into(), rustix::fs::makedev(1, 3)).unwrap();
-    place.hide(1, "gone");
-    place.write(1, "opaque/above", "2");
-    rustix::fs::lsetxattr(place.layers[1].join("opaque"), OPAQUE, b"y", rustix::fs::XattrFlags::empty()).unwrap();
-    place.write(1, "was-dir", "now a file");
-    place.write(1, "was-file/x", "now a directory");
-    place.write(2, "gone/again", "3");
-    place.write(2, "stays/high", "high");
-    std::fs::set_permissions(&place.layers[2], std::fs::Permissions::from_mode(0o755)).unwrap();
+/// Three layers with everything that layers do to each other.
+fn archives() -> Vec<Vec<u8>> {
+    let note = pax(&[("SCHILY.xattr.user.note", b"kept"), ("mtime", b"1500000000.25")]);
+    vec![
+        archive(&[
+            file("gone/below", "1"),
+            file("opaque/below", "1"),
+            file("was-dir/x", "1"),
+            file("was-file", "1"),
+            file("stays/low", "low"),
+            file("hard/a", "linked"),
+            link("hard/b", b'1', "hard/a"),
+            Item { data: &note, ..item("x", b'x') },
+            Item { mode: 0o4711, ids: (1000, 1001), ..file("setuid", "s") },
+            link("link", b'2', "/etc/passwd"),
+            Item { mode: 0o666, ..item("null", b'3') },
+            item("pipe", b'6'),
+        ]),
+        archive(&[
+            file(".wh.gone", ""),
+            file("opaque/.wh..wh..opq", ""),
+            file("opaque/above", "2"),
+            file("was-dir", "now a file"),
+            item("was-file", b'5'),
+            file("was-file/x", "new"),
+        ]),
+        archive(&[Item { mode: 0o711, ids: (7, 8), ..item("./", b'5') }, item("gone", b'5'), file("gone/again", "3"), file("stays/high", "high")]),
+    ]
+}
 
-    let trees: Vec<_> = BACKENDS.iter().map(|(name, _)| (name, place.tree(name))).collect();
-    let (_, expected) = &trees[0];
+/// Every row that should work here does, with layers in every form; the others are refused for the reason given.
+fn conformance(dir: &Path, refused: &[(&str, &str)], by_probe: bool) {
+    let place = Place::new(dir);
+    let mut stacks = vec![place.layers(&archives(), "images", |_| Form::Erofs)];
+    let copy = copy::Copy::probe(&place.layout).unwrap();
+    if copy.form() == Form::Directory {
+        stacks.push(place.layers(&archives(), "directories", |_| Form::Directory));
+        stacks.push(place.layers(&archives(), "mixed", |n| if n == 1 { Form::Erofs } else { Form::Directory }));
+    }
+    let expected = place.tree(&copy, &stacks[0], false);
     for name in ["gone/again", "opaque/above", "stays/low", "stays/high", "was-file/x", "hard/b"] {
         assert!(expected.contains_key(name), "{name} is missing");
     }
     for name in ["gone/below", "opaque/below", "was-dir/x"] {
         assert!(!expected.contains_key(name), "{name} shows");
     }
-    assert!(expected["setuid"].starts_with("104711 1000:1001") && expected["setuid"].contains("[kept]"));
-    assert!(expected["hard/a"].contains("links 2"));
-    assert!(expected[""].starts_with("40755 0:0"));
-    for (name, tree) in &trees {
-        assert_eq!(tree, expected, "{name}");
+    assert!(expected["setuid"].starts_with("104711 1000:1001") && expected["setuid"].contains("[kept]") && expected["setuid"].contains("250000000"));
+    assert!(expected["hard/a"].contains("links 2") && expected[""].starts_with("40711 7:8"));
+    for row in BACKENDS {
+        let chosen = choose(row.name, by_probe, &place.layout);
+        if let Some((_, why)) = refused.iter().find(|(name, _)| *name == row.name) {
+            let error = chosen.err().unwrap_or_else(|| panic!("{} is not refused", row.name));
+            assert!(error.kind == Kind::FailedPrecondition && error.to_string().contains(why), "{}: {error}", row.name);
+            continue;
+        }
+        let backend = chosen.unwrap();
+        if row.name == "bind" && refused.iter().any(|(name, _)| *name == "overlay") && !by_probe {
+            // See below for what it does then.
+            continue;
+        }
+        for stack in &stacks {
+            for classic in [false, true] {
+                assert_eq!(place.tree(&*backend, stack, classic), expected, "{} {:?}", row.name, stack[0]);
+            }
+        }
     }
+    let first = BACKENDS.iter().find(|row| row.automatic && !refused.iter().any(|(name, _)| *name == row.name)).unwrap();
+    assert_eq!(choose("", by_probe, &place.layout).unwrap().name(), first.name);
+    assert_eq!(std::fs::read_dir(place.layout.staging()).unwrap().count(), 0, "a probe left something");
+}
+
+const NO_AUFS: (&str, &str) = ("aufs", "this kernel has no file system aufs");
+
+#[test]
+fn takes_500_layers_in_any_form_both_ways() {
+    file_systems::private(|dir| {
+        let place = Place::new(dir);
+        let archives: Vec<_> = (0..500).map(|n| archive(&[file(&format!("f{n}"), "x"), file("same", &n.to_string())])).collect();
+        let overlay = choose("overlay", false, &place.layout).unwrap();
+        for form in [Form::Directory, Form::Erofs] {
+            let layers = place.layers(&archives, &format!("{form:?}"), |_| form);
+            for classic in [false, true] {
+                let tree = place.tree(&*overlay, &layers, classic);
+                assert_eq!(tree.keys().filter(|k| k.starts_with('f')).count(), 500);
+                assert!(tree["same"].ends_with(" 499"));
+            }
+        }
+        let one = &place.layers(&archives[..1], "again", |_| Form::Directory)[0];
+        let many = vec![Layer { path: one, marks: false }; 501];
+        assert_eq!(overlay.provision(&place.layout.rootfs_all(), &many).unwrap_err().kind, Kind::Unimplemented);
+    });
 }
 
 #[test]
-fn takes_128_layers() {
-    let place = Place::new(128);
-    for n in 0..128 {
-        place.write(n, &format!("f{n}"), "x");
-        place.write(n, "same", &n.to_string());
-    }
-    for (name, _) in BACKENDS {
-        let tree = place.tree(name);
-        assert_eq!(tree.keys().filter(|k| k.starts_with('f')).count(), 128, "{name}");
-        assert!(tree["same"].ends_with(" 127"), "{name}");
-    }
+fn bind_without_overlay_keeps_mesos_rules() {
+    file_systems::private(|dir| {
+        let place = Place::new(dir);
+        let bind = bind::Bind::without_overlay();
+        let blobs = [archive(&[file("a", "1")]), archive(&[file("b", "2")])];
+        for form in [Form::Directory, Form::Erofs] {
+            let layers = place.layers(&blobs, &format!("{form:?}"), |_| form);
+            assert!(place.tree(&bind, &layers[..1], false).contains_key("a"));
+            let two: Vec<_> = layers.iter().map(|path| Layer { path, marks: false }).collect();
+            let error = bind.provision(dir, &two).unwrap_err();
+            assert!(error.kind == Kind::FailedPrecondition && error.to_string().contains("exactly one"), "{error}");
+        }
+    });
 }
 
 #[test]
-fn unknown_names_are_refused() {
-    let place = Place::new(0);
-    assert_eq!(choose("aufs", &place.layout).err().unwrap().kind, crate::model::Kind::InvalidArgument);
-    assert_eq!(choose("", &place.layout).unwrap().name(), "overlay");
+fn copies_keep_holes() {
+    file_systems::private(|dir| {
+        let place = Place::new(dir);
+        let size = 64u64 << 20;
+        let map = format!("100,5,{},4", size - 4);
+        let size = size.to_string();
+        let head =
+            pax(&[("GNU.sparse.name", b"big"), ("GNU.sparse.size", size.as_bytes()), ("GNU.sparse.numblocks", b"2"), ("GNU.sparse.map", map.as_bytes())]);
+        let blob = archive(&[Item { data: &head, ..item("x", b'x') }, file("sparse", "firstlast")]);
+        for form in [Form::Directory, Form::Erofs] {
+            let layers = place.layers(std::slice::from_ref(&blob), &format!("{form:?}"), |_| form);
+            let to = place.layout.rootfs_all().join(format!("{form:?}"));
+            std::fs::create_dir(&to).unwrap();
+            copy::Copy::fallback().provision(&to, &[Layer { path: &layers[0], marks: false }]).unwrap();
+            let big = std::fs::File::open(to.join("fs/big")).unwrap();
+            let meta = big.metadata().unwrap();
+            assert!(meta.len().to_string() == size && meta.blocks() * 512 < 1 << 20, "{form:?}: {} blocks", meta.blocks());
+            let mut text = [0u8; 7];
+            std::os::unix::fs::FileExt::read_exact_at(&big, &mut text, 99).unwrap();
+            assert_eq!(&text, b"\0first\0");
+        }
+    });
+}
+
+#[test]
+fn unknown_names_are_refused_and_the_table_is_consistent() {
+    file_systems::private(|dir| {
+        let place = Place::new(dir);
+        let error = choose("devicemapper", false, &place.layout).err().unwrap();
+        assert!(error.kind == Kind::InvalidArgument && error.to_string().contains("overlay, aufs, copy, bind, erofs"), "{error}");
+    });
+    for row in validate::FORBIDDEN {
+        assert!(BACKENDS.iter().any(|b| b.name == row.backend), "{row:?}");
+        assert_eq!(validate::forbidding(row.backend, row.magic, false).unwrap().on, row.on);
+        assert_eq!(validate::forbidding(row.backend, row.magic, true).is_none(), row.dated);
+        assert!(!["bind", "copy"].contains(&row.backend), "they work anywhere");
+    }
+    // The table of Mesos, row for row.
+    let mesos = [("overlay", &["aufs", "btrfs", "ecryptfs", "overlay", "zfs"][..]), ("aufs", &["aufs", "btrfs", "ecryptfs"])];
+    for (backend, all) in mesos {
+        for on in all {
+            assert!(validate::FORBIDDEN.iter().any(|row| (row.backend, row.on) == (backend, *on)), "{backend}/{on}");
+        }
+    }
 }

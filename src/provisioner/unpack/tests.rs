@@ -8,29 +8,29 @@ use super::*;
 use crate::model::Digest;
 
 /// One entry of a test archive.
-struct Item<'a> {
-    name: &'a str,
-    kind: u8,
-    link: &'a str,
-    data: &'a [u8],
-    mode: u32,
-    ids: (u64, u64),
+pub(in crate::provisioner) struct Item<'a> {
+    pub name: &'a str,
+    pub kind: u8,
+    pub link: &'a str,
+    pub data: &'a [u8],
+    pub mode: u32,
+    pub ids: (u64, u64),
 }
 
-fn item(name: &str, kind: u8) -> Item<'_> {
+pub(in crate::provisioner) fn item(name: &str, kind: u8) -> Item<'_> {
     Item { name, kind, link: "", data: b"", mode: if kind == b'5' { 0o755 } else { 0o644 }, ids: (0, 0) }
 }
 
-fn file<'a>(name: &'a str, data: &'a str) -> Item<'a> {
+pub(in crate::provisioner) fn file<'a>(name: &'a str, data: &'a str) -> Item<'a> {
     Item { data: data.as_bytes(), ..item(name, b'0') }
 }
 
-fn link<'a>(name: &'a str, kind: u8, link: &'a str) -> Item<'a> {
+pub(in crate::provisioner) fn link<'a>(name: &'a str, kind: u8, link: &'a str) -> Item<'a> {
     Item { link, ..item(name, kind) }
 }
 
 /// Writes headers byte by byte: the library's builder refuses the names that matter here.
-fn archive(items: &[Item<'_>]) -> Vec<u8> {
+pub(in crate::provisioner) fn archive(items: &[Item<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     for item in items {
         let mut header = ::tar::Header::new_ustar();
@@ -57,7 +57,7 @@ fn archive(items: &[Item<'_>]) -> Vec<u8> {
     out
 }
 
-fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
+pub(in crate::provisioner) fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
     let mut body = Vec::new();
     for (key, value) in records {
         let rest = key.len() + value.len() + 3;
@@ -87,12 +87,14 @@ impl Place {
 
     fn unpack_with(&self, blob: &[u8], expected: &Expected, limits: Limits) -> Result<Unpacked> {
         std::fs::create_dir(self.root()).unwrap();
-        let result = unpack(file_source(blob), &self.root(), expected, limits);
+        let result = unpack(file_source(blob), &self.root(), Form::Directory, expected, limits);
         let canary = self.dir.path().join("canary");
         assert_eq!(std::fs::read_to_string(&canary).unwrap(), "alive");
         assert_eq!(std::fs::metadata(&canary).unwrap().mode() & 0o7777, 0o600);
         let names: Vec<_> = std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "something was made outside: {names:?}");
+        // The same archive as an image: the same verdict, the same tree.
+        super::erofs::tests::compare(blob, expected, limits, &self.root(), &result);
         result
     }
 
@@ -383,6 +385,7 @@ fn a_source_that_breaks_off_is_the_error() {
     let mut pieces = vec![Ok(Some(Bytes::copy_from_slice(&blob[..50_000]))), Err(io::Error::other(Error::new(Kind::Cancelled, "given up")))].into_iter();
     let place = Place::new();
     std::fs::create_dir(place.root()).unwrap();
-    let error = unpack(Box::new(move || pieces.next().unwrap_or(Ok(None))), &place.root(), &Expected::default(), Limits::default()).unwrap_err();
+    let error =
+        unpack(Box::new(move || pieces.next().unwrap_or(Ok(None))), &place.root(), Form::Directory, &Expected::default(), Limits::default()).unwrap_err();
     assert_eq!(error.kind, Kind::Cancelled);
 }
