@@ -31,11 +31,18 @@ pub(super) async fn status(front: &Front, request: wire::StatusRequest) -> Resul
         Readiness::Ready => None,
         Readiness::NotReady(why) => Some(("NetworkPluginNotReady", why)),
     };
+    let mut info = std::collections::BTreeMap::new();
+    if request.verbose {
+        // The store says how much of it it cannot explain; anything but zeros is a fault that `mesocri df` shows.
+        let unexplained = front.engine.images().unexplained().await?;
+        info.insert("config".to_owned(), config_json(front));
+        info.insert("store".to_owned(), json!({"unexplainedBytes": unexplained.bytes, "unexplainedInodes": unexplained.inodes}).to_string());
+    }
     // Who is answered at all has passed the gate: the runtime is ready.
     let conditions = vec![condition("RuntimeReady", None), condition("NetworkReady", network)];
     Ok(wire::StatusResponse {
         status: Some(wire::RuntimeStatus { conditions }),
-        info: if request.verbose { [("config".to_owned(), config_json(front))].into() } else { Default::default() },
+        info,
         runtime_handlers: handlers(front),
         features: Some(wire::RuntimeFeatures { supplemental_groups_policy: true, user_namespaces_host_network: false }),
     })

@@ -12,6 +12,8 @@ pub enum Form {
     List,
     /// `true` or `false`.
     Bool,
+    /// A JSON object, or the path (also `file://`) of a file with one, as Mesos takes it.
+    Json,
 }
 
 /// One flag.
@@ -42,6 +44,7 @@ pub const FLAGS: &[Flag] = &[
         form: Form::Text,
         help: "credentials for registries: path of a config.json or .dockercfg, or the JSON itself",
     },
+    Flag { name: "image_gc_config", key: "provisioner.image_gc_config", form: Form::Json, help: "when to collect unused images: JSON, or a file with it" },
     Flag { name: "network_cni_config_dir", key: "network.cni.conf_dir", form: Form::Text, help: "directory of CNI network configurations" },
     Flag { name: "network_cni_plugins_dir", key: "network.cni.bin_dirs", form: Form::List, help: "directories of CNI plugins, comma separated" },
     Flag { name: "logging_level", key: "log.level", form: Form::Text, help: "log filter, e.g. info or mesocri=debug" },
@@ -66,9 +69,22 @@ impl Flag {
         match self.form {
             Form::Text => Ok(toml::Value::String(text.to_owned())),
             Form::List => Ok(toml::Value::Array(text.split(',').map(str::trim).filter(|s| !s.is_empty()).map(|s| toml::Value::String(s.to_owned())).collect())),
+            Form::Json => json(text),
             Form::Bool => text.parse().map(toml::Value::Boolean).map_err(|_| format!("{text:?} is neither true nor false")),
         }
     }
+}
+
+/// Inline or from a file.
+fn json(text: &str) -> Result<toml::Value, String> {
+    let inline = text.trim_start().starts_with('{');
+    let content = if inline {
+        text.to_owned()
+    } else {
+        let path = text.strip_prefix("file://").unwrap_or(text);
+        std::fs::read_to_string(path).map_err(|e| format!("read {path}: {e}"))?
+    };
+    serde_json::from_str(&content).map_err(|e| if inline { format!("parse JSON: {e}") } else { format!("parse JSON in {text}: {e}") })
 }
 
 /// Adds `--config`, all flags of the table and `--set` to a command.
@@ -106,4 +122,24 @@ pub fn given(matches: &ArgMatches) -> Result<Vec<(String, String, toml::Value)>,
         given.push(("flag --set".to_owned(), key.to_owned(), value));
     }
     Ok(given)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_taken_inline_and_from_files() {
+        let text = r#"{"image_disk_headroom": 0.1, "image_disk_watch_interval": {"nanoseconds": 5}}"#;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gc.json");
+        std::fs::write(&path, text).unwrap();
+        let flag = FLAGS.iter().find(|f| f.name == "image_gc_config").unwrap();
+        let inline = flag.value(text).unwrap();
+        assert_eq!(inline["image_disk_watch_interval"]["nanoseconds"].as_integer(), Some(5));
+        assert_eq!(flag.value(&path.display().to_string()).unwrap(), inline);
+        assert_eq!(flag.value(&format!("file://{}", path.display())).unwrap(), inline);
+        assert!(flag.value("{").unwrap_err().contains("JSON"));
+        assert!(flag.value("/nowhere").unwrap_err().contains("/nowhere"));
+    }
 }

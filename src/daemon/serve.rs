@@ -34,7 +34,7 @@ pub async fn run(config: Config) -> Result<()> {
     let _lock = lock(&layout)?;
 
     let provisioner = Provisioner::open(config.provisioner.clone(), layout.clone()).await?;
-    let images: Arc<dyn Images> = provisioner;
+    let images: Arc<dyn Images> = provisioner.clone();
     let launcher = ShimLauncher::new(config.launcher.clone(), layout.clone())?;
     let network = crate::network::build(config.network.clone(), layout.clone()).await?;
     let deps = Deps { layout: layout.clone(), network: network.clone() };
@@ -45,7 +45,7 @@ pub async fn run(config: Config) -> Result<()> {
     let listener = listen(&config.socket())?;
     let shutdown = CancellationToken::new();
     let engine: Arc<dyn Engine> = containerizer.clone();
-    let operator = crate::operator::service(engine.clone());
+    let operator = crate::operator::service(engine.clone(), provisioner.clone());
     let server = tokio::spawn(crate::cri::serve(cri_config(&config)?, engine, listener, shutdown.clone(), move |routes| {
         routes.add_service(operator);
     }));
@@ -66,6 +66,7 @@ pub async fn run(config: Config) -> Result<()> {
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
+    tokio::spawn(provisioner.watch(shutdown.clone()));
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

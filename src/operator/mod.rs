@@ -1,4 +1,6 @@
-//! F7: the operator's front: pulls with visible progress, imports. Holds no state of its own; the `mesocri` command speaks it.
+//! F7: the operator's front: pulls with visible progress, imports, care of the image store. Holds no state of its own; the `mesocri` command speaks it.
+
+mod store;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,18 +13,22 @@ use tonic::{Code, Request, Response, Status};
 use crate::containerizer::Engine;
 use crate::model::Reference;
 use crate::model::error::{Error, Kind};
-use crate::provisioner::{PullEvent, PullRequest};
+use crate::provisioner::{PullEvent, PullRequest, Upkeep};
 use crate::wire::operator as api;
 use api::operator_server::{Operator, OperatorServer};
 use api::pull_progress::Event;
 
+/// Longest message: plans and reports name every layer and container.
+pub const MAX_MESSAGE: usize = 64 << 20;
+
 /// The service, to be added beside the CRI's.
-pub fn service(engine: Arc<dyn Engine>) -> OperatorServer<impl Operator> {
-    OperatorServer::new(Service { engine })
+pub fn service(engine: Arc<dyn Engine>, upkeep: Arc<dyn Upkeep>) -> OperatorServer<impl Operator> {
+    OperatorServer::new(Service { engine, upkeep }).max_decoding_message_size(MAX_MESSAGE)
 }
 
 struct Service {
     engine: Arc<dyn Engine>,
+    upkeep: Arc<dyn Upkeep>,
 }
 
 #[tonic::async_trait]
@@ -61,6 +67,26 @@ impl Operator for Service {
         }
         let ids = self.engine.images().load(&path).await.map_err(|e| status(&e))?;
         Ok(Response::new(api::LoadResponse { image_ids: ids.iter().map(ToString::to_string).collect() }))
+    }
+
+    async fn plan_collection(&self, request: Request<api::Document>) -> Result<Response<api::Document>, Status> {
+        store::plan(&*self.upkeep, request.into_inner()).await.map(Response::new).map_err(|e| status(&e))
+    }
+
+    async fn apply_plan(&self, request: Request<api::Document>) -> Result<Response<api::Document>, Status> {
+        store::apply(&*self.upkeep, request.into_inner()).await.map(Response::new).map_err(|e| status(&e))
+    }
+
+    async fn collect(&self, request: Request<api::Document>) -> Result<Response<api::Document>, Status> {
+        store::collect(&*self.upkeep, request.into_inner()).await.map(Response::new).map_err(|e| status(&e))
+    }
+
+    async fn disk_usage(&self, _: Request<api::DiskUsageRequest>) -> Result<Response<api::Document>, Status> {
+        store::disk_usage(&*self.upkeep).await.map(Response::new).map_err(|e| status(&e))
+    }
+
+    async fn explain(&self, request: Request<api::ExplainRequest>) -> Result<Response<api::Document>, Status> {
+        store::explain(&*self.upkeep, &request.into_inner().key).await.map(Response::new).map_err(|e| status(&e))
     }
 }
 

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::gc::{Gc, ImageGcConfig, covering};
 pub use super::pullers::settings::{Proxy, Registry, Secret, ShortNames};
 
 /// The provisioner's settings.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// `os/architecture[/variant]` to choose from multi-platform images; empty is this host's.
@@ -54,6 +55,11 @@ pub struct Config {
     pub backend_by_probe: bool,
     /// Bounds on what an image may ask of this machine.
     pub limits: Limits,
+    /// When to collect images without being asked.
+    pub gc: Gc,
+    /// The same in Mesos's form, instead of thresholds in `gc`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_gc_config: Option<ImageGcConfig>,
 }
 
 /// Bounds against hostile images. A pull that hits one fails with `ResourceExhausted` and leaves nothing behind.
@@ -94,6 +100,8 @@ impl Default for Config {
             backend: String::new(),
             backend_by_probe: false,
             limits: Limits::default(),
+            gc: Gc::default(),
+            image_gc_config: None,
         }
     }
 }
@@ -114,13 +122,8 @@ impl Default for Limits {
 
 impl Config {
     /// Whether any of these names matches a pinned pattern.
-    pub fn is_pinned<'a>(&self, names: impl IntoIterator<Item = &'a String>) -> bool {
-        names.into_iter().any(|name| {
-            self.pinned.iter().any(|pattern| match pattern.strip_suffix('*') {
-                Some(prefix) => name.starts_with(prefix),
-                None => name == pattern,
-            })
-        })
+    pub fn is_pinned(&self, names: &[String]) -> bool {
+        covering(&self.pinned, names).is_some()
     }
 
     /// The platform to choose: operating system, architecture, variant (maybe empty).

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::{Semaphore, mpsc};
@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::backends::{self, Backend};
 use super::config::{Config, Platform};
+use super::gc::Policy;
 use super::images::Images as Index;
 use super::layers::{LayerRecord, Layers};
 use super::leases::{Lease, Leases};
@@ -29,7 +30,7 @@ const LAYER_SHARES: usize = 3;
 
 /// The only owner of the store.
 pub struct Provisioner {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
 /// Shared by the running work.
@@ -44,8 +45,23 @@ pub(super) struct Inner {
     pub(super) pulls: Pulls,
     pub(super) pull_permits: Semaphore,
     pub(super) layer_permits: Semaphore,
+    pub(super) policy: Policy,
     backend: Box<dyn Backend>,
     counts: Counts,
+    /// Containers whose root filesystem is being made or cleared away: their directory has no lease and is no debris.
+    building: Mutex<HashSet<String>>,
+}
+
+/// The directory of a root filesystem that has no lease, for as long as somebody works on it.
+pub(super) struct Building<'a> {
+    inner: &'a Inner,
+    name: String,
+}
+
+impl Drop for Building<'_> {
+    fn drop(&mut self) {
+        self.inner.building().remove(&self.name);
+    }
 }
 
 impl Provisioner {
@@ -55,8 +71,9 @@ impl Provisioner {
     /// When its directories cannot be used or the configured backend cannot work here.
     pub async fn open(config: Config, layout: Layout) -> Result<Arc<Self>> {
         blocking::run("open image store", move || {
+            let policy = Policy::new(&config)?;
             let layers = Layers::open(&layout)?;
-            let pinned = |image: &Image| config.is_pinned(image.repo_tags.iter().chain(&image.repo_digests));
+            let pinned = |image: &Image| config.is_pinned(&image.repo_tags) || config.is_pinned(&image.repo_digests);
             let images = Index::open(&layout, |d| layers.contains(d), pinned)?;
             let leases = Leases::open(&layout)?;
             let backend = backends::choose(&config.backend, config.backend_by_probe, &layout)?;
@@ -78,8 +95,10 @@ impl Provisioner {
                 layers,
                 images,
                 leases,
+                policy,
                 backend,
                 counts,
+                building: Mutex::default(),
             };
             Ok(Arc::new(Self { inner: Arc::new(inner) }))
         })
@@ -89,7 +108,29 @@ impl Provisioner {
 
 impl Inner {
     pub(super) fn is_pinned(&self, image: &Image) -> bool {
-        self.config.is_pinned(image.repo_tags.iter().chain(&image.repo_digests))
+        self.config.is_pinned(&image.repo_tags) || self.config.is_pinned(&image.repo_digests)
+    }
+
+    /// Counts a container's writable part now, instead of some seconds ago.
+    #[cfg(test)]
+    pub(super) fn recount_writable(&self, container: &str) {
+        if let Some(writable) = self.leases.get(container).and_then(|l| l.rootfs.writable.clone()) {
+            self.counts.refresh(container, &writable);
+        }
+    }
+
+    fn building(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.building.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody works on the directory of this root filesystem.
+    pub(super) fn is_building(&self, name: &str) -> bool {
+        self.building().contains(name)
+    }
+
+    /// Takes the directory of a root filesystem to work on; `None` when somebody has it.
+    pub(super) fn claim_rootfs(&self, name: &str) -> Option<Building<'_>> {
+        self.building().insert(name.to_owned()).then(|| Building { inner: self, name: name.to_owned() })
     }
 
     /// What an image is asked for by, as the index has it: a short name means here what it means in a pull. What may also be the
@@ -100,7 +141,7 @@ impl Inner {
             return Cow::Borrowed(key);
         }
         match self.config.qualify_key(key) {
-            Some(full) if !hex || self.images.resolve(&full).is_some() => Cow::Owned(full),
+            Some(full) if !hex || self.images.look_up(&full).is_some() => Cow::Owned(full),
             _ => Cow::Borrowed(key),
         }
     }
@@ -153,6 +194,9 @@ impl Inner {
         if let Some(missing) = layers.iter().find(|d| !self.layers.contains(d)) {
             return Err(Error::not_found(format!("provision {container}: image {} is gone (layer {missing})", image.id)));
         }
+        let Some(_building) = self.claim_rootfs(container) else {
+            return Err(Error::new(Kind::Unavailable, format!("provision {container}: its directory is being worked on")));
+        };
         let dir = self.layout.rootfs(container);
         // What an earlier attempt left has no lease and is of no use.
         remove::tree(&dir)?;
@@ -171,6 +215,7 @@ impl Inner {
             self.counts.insert(container, writable.clone(), usage::count(writable)?);
         }
         self.leases.put(Lease { container: container.to_owned(), image: image.id.clone(), layers, rootfs: rootfs.clone() })?;
+        self.images.touch(&image.id);
         Ok(rootfs)
     }
 
@@ -180,8 +225,9 @@ impl Inner {
         failpoint::hit("release.files-gone");
         let Some(lease) = self.leases.get(container) else { return Ok(()) };
         self.leases.remove(container)?;
+        self.images.touch(&lease.image);
         // Layers outlive their image only by leases; as long as the image is there, nothing can have become free.
-        if self.images.resolve(lease.image.as_str()).is_none() {
+        if self.images.look_up(lease.image.as_str()).is_none() {
             self.collect()?;
         }
         Ok(())
@@ -258,20 +304,18 @@ impl Images for Provisioner {
 
     async fn remove(&self, key: &str) -> Result<()> {
         let (inner, key) = (self.inner.clone(), self.inner.key(key).into_owned());
-        blocking::run("remove image", move || {
-            if inner.images.remove(&key)? {
-                failpoint::hit("remove.record-gone");
-                inner.collect()?;
-            }
-            Ok(())
-        })
-        .await
+        blocking::run("remove image", move || inner.remove_image(&key)).await
     }
 
     async fn fs_info(&self) -> Result<(PathBuf, FsUsage)> {
         let inner = self.inner.clone();
         let usage = blocking::run("count image store", move || inner.fs_info()).await?;
         Ok((self.inner.layout.store(), usage))
+    }
+
+    async fn unexplained(&self) -> Result<FsUsage> {
+        let inner = self.inner.clone();
+        blocking::run("look for unexplained files", move || inner.unexplained()).await
     }
 
     async fn provision(&self, container: &str, image: &Image) -> Result<RootFs> {

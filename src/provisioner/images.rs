@@ -1,6 +1,13 @@
 //! The image index: records on disk, everything in memory. Reading never touches the disk; one writer at a time.
+//!
+//! # When an image was used
+//! Collection goes by last use. An image is *used* when it is pulled, when a root filesystem is built from it and when that is
+//! given back. The time is the modification time of the image's record: one `utimensat` without a sync, which a restart
+//! of the daemon keeps and a power cut at worst sets back. An image is *asked for* whenever it is looked up by name; that lives in memory
+//! and only keeps the collector's hands off what somebody is about to use.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::disk::layout::Layout;
@@ -8,6 +15,7 @@ use crate::disk::record::{self, Durability};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::image::Image;
 use crate::model::{Digest, ImageId, Reference};
+use crate::stdx::clock::now_ns;
 
 /// Shortest prefix of an id that finds an image.
 const MIN_PREFIX: usize = 3;
@@ -26,6 +34,27 @@ struct Maps {
     images: BTreeMap<String, Arc<Image>>,
     /// Tags and digests, full, to the hexadecimal part of the id.
     names: HashMap<String, String>,
+    /// By the hexadecimal part of the id.
+    stamps: HashMap<String, Arc<Stamps>>,
+}
+
+/// When an image was last wanted; nanoseconds since the epoch.
+#[derive(Debug, Default)]
+pub struct Stamps {
+    used: AtomicI64,
+    asked: AtomicI64,
+}
+
+impl Stamps {
+    /// Pulled, or a root filesystem of it made or given back.
+    pub fn used(&self) -> i64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Used or looked up.
+    pub fn wanted(&self) -> i64 {
+        self.asked.load(Ordering::Relaxed).max(self.used())
+    }
 }
 
 impl Maps {
@@ -35,12 +64,18 @@ impl Maps {
         for name in image.repo_tags.iter().chain(&image.repo_digests) {
             self.names.insert(name.clone(), hex.clone());
         }
+        self.stamps.entry(hex.clone()).or_default();
         self.images.insert(hex, image);
     }
 
     fn forget(&mut self, id: &ImageId) {
         self.images.remove(hex(id));
         self.names.retain(|_, h| h != hex(id));
+        self.stamps.remove(hex(id));
+    }
+
+    fn stamps(&self, id: &ImageId) -> Option<&Arc<Stamps>> {
+        self.stamps.get(hex(id))
     }
 
     fn named(&self, name: &str) -> Option<Arc<Image>> {
@@ -72,7 +107,11 @@ impl Images {
                 Ok(mut image) => {
                     // The patterns may have changed since.
                     image.pinned = pinned(&image);
+                    let id = image.id.clone();
                     maps.put(Arc::new(image));
+                    if let Some(stamps) = maps.stamps(&id) {
+                        stamps.used.store(modified(&path), Ordering::Relaxed);
+                    }
                 }
                 Err(e) => {
                     let moved = record::quarantine(&layout.quarantine(), &path, &e);
@@ -94,8 +133,45 @@ impl Images {
     }
 
     /// Finds by id, name or unique id prefix, in this order: a name may look like a prefix, and names are what people choose.
+    /// Whoever finds it by this is about to use it.
     pub fn resolve(&self, key: &str) -> Option<Arc<Image>> {
         let maps = self.read();
+        let found = Self::find(&maps, key)?;
+        // Under the lock, so that whoever removes it sees either the mark or nobody.
+        if let Some(stamps) = maps.stamps(&found.id) {
+            stamps.asked.store(now_ns(), Ordering::Relaxed);
+        }
+        Some(found)
+    }
+
+    /// As [`Images::resolve`], for those who only look.
+    pub fn look_up(&self, key: &str) -> Option<Arc<Image>> {
+        Self::find(&self.read(), key)
+    }
+
+    /// All images with their stamps.
+    pub fn stamped(&self) -> Vec<(Arc<Image>, Arc<Stamps>)> {
+        let maps = self.read();
+        maps.images.iter().filter_map(|(hex, image)| Some((image.clone(), maps.stamps.get(hex)?.clone()))).collect()
+    }
+
+    /// Notes that the image is used now. One system call, nothing is synced; failures cost only the order of collection. Blocks.
+    pub fn touch(&self, id: &ImageId) {
+        let Some(stamps) = self.read().stamps(id).cloned() else { return };
+        stamps.used.store(now_ns(), Ordering::Relaxed);
+        self.stamp_file(id, stamps.used());
+    }
+
+    fn stamp_file(&self, id: &ImageId, at: i64) {
+        use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
+        let time = Timespec { tv_sec: at.div_euclid(1_000_000_000), tv_nsec: at.rem_euclid(1_000_000_000) };
+        let times = Timestamps { last_access: time, last_modification: time };
+        if let Err(e) = utimensat(CWD, self.layout.image(id), &times, AtFlags::SYMLINK_NOFOLLOW) {
+            tracing::debug!(image = %id, error = %e, "note the use of an image");
+        }
+    }
+
+    fn find(maps: &Maps, key: &str) -> Option<Arc<Image>> {
         let bare = key.strip_prefix("sha256:").unwrap_or(key);
         if let Some(image) = maps.images.get(bare) {
             return Some(image.clone());
@@ -144,10 +220,15 @@ impl Images {
         // After the new record: a crash between the two leaves the tag on both, and loading gives it to one of them.
         let mut changed = Vec::new();
         for loser in losers {
+            let used = self.read().stamps(&loser.id).map(|s| s.used());
             let mut loser = (*loser).clone();
             loser.repo_tags.retain(|t| !image.repo_tags.contains(t));
             loser.pinned = pinned(&loser);
             record::write(&self.layout.image(&loser.id), &loser, Durability::Atomic)?;
+            // Losing a name is no use.
+            if let Some(used) = used {
+                self.stamp_file(&loser.id, used);
+            }
             changed.push(Arc::new(loser));
         }
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
@@ -155,25 +236,46 @@ impl Images {
             maps.put(loser);
         }
         maps.put(image.clone());
+        drop(maps);
+        self.touch(&image.id);
         Ok(image)
     }
 
-    /// Removes the image that `key` names, with all its names. Unknown is fine and `false`. Blocks.
+    /// Removes the image with all its names if `may` agrees, which is asked while nobody can look the image up. `false` when
+    /// it is not there or must stay. Not durable before [`Images::sync`]. Blocks.
+    ///
+    /// # Errors
+    /// I/O failures; then the image is still there.
+    pub fn remove_if(&self, id: &ImageId, may: impl FnOnce(&Stamps) -> bool) -> Result<bool> {
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let (image, stamps) = {
+            let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
+            let (Some(image), Some(stamps)) = (maps.images.get(hex(id)).cloned(), maps.stamps(id).cloned()) else { return Ok(false) };
+            if !may(&stamps) {
+                return Ok(false);
+            }
+            maps.forget(id);
+            (image, stamps)
+        };
+        let path = self.layout.image(id);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
+                maps.stamps.insert(hex(id).to_owned(), stamps);
+                maps.put(image);
+                Err(Error::io(format!("remove {}", path.display()), e))
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Makes removals durable. Before any layer goes: a record that came back after a power cut would name layers that are
+    /// gone. Blocks.
     ///
     /// # Errors
     /// I/O failures.
-    pub fn remove(&self, key: &str) -> Result<bool> {
-        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(image) = self.resolve(key) else { return Ok(false) };
-        let path = self.layout.image(&image.id);
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(format!("remove {}", path.display()), e)),
-            _ => {}
-        }
-        self.maps.write().unwrap_or_else(PoisonError::into_inner).forget(&image.id);
-        // Before the layers go: a record that came back after a power cut would name layers that are gone.
-        record::sync_dir(&self.layout.images())?;
-        Ok(true)
+    pub fn sync(&self) -> Result<()> {
+        record::sync_dir(&self.layout.images())
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Maps> {
@@ -185,6 +287,12 @@ fn merge(into: &mut Vec<String>, from: &[String]) {
     let mut all: Vec<String> = from.to_vec();
     all.extend(into.iter().filter(|n| !from.contains(n)).cloned());
     *into = all;
+}
+
+/// Modification time in nanoseconds; 0 when it cannot be told.
+fn modified(path: &std::path::Path) -> i64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).map_or(0, |m| m.mtime().saturating_mul(1_000_000_000).saturating_add(m.mtime_nsec()))
 }
 
 fn load(layout: &Layout, path: &std::path::Path, has_layer: &impl Fn(&Digest) -> bool) -> Result<Image> {
@@ -241,9 +349,39 @@ mod tests {
             assert!(images.resolve("aa").is_none());
         }
         let images = open(dir.path());
-        assert!(images.remove("a").unwrap());
-        assert!(!images.remove("a").unwrap());
+        let id = images.look_up("a").unwrap().id.clone();
+        assert!(!images.remove_if(&id, |_| false).unwrap());
+        assert!(images.look_up("a").is_some());
+        assert!(images.remove_if(&id, |_| true).unwrap());
+        assert!(!images.remove_if(&id, |_| true).unwrap());
+        images.sync().unwrap();
         assert_eq!(open(dir.path()).list().len(), 1);
+    }
+
+    #[test]
+    fn use_survives_a_restart_and_asking_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = open(dir.path());
+        for id in ['a', 'b'] {
+            images.add(image(id, &[&format!("docker.io/library/{id}:1")], &[]), |_| false).unwrap();
+        }
+        let stamps = |images: &Images, key: &str| {
+            let id = images.look_up(key).unwrap().id.clone();
+            let (_, stamps) = images.stamped().into_iter().find(|(i, _)| i.id == id).unwrap();
+            (stamps.used(), stamps.wanted())
+        };
+        let pulled = stamps(&images, "b:1");
+        assert_eq!(pulled.0, pulled.1, "looking is not asking");
+        images.touch(&images.look_up("a:1").unwrap().id);
+        let used = stamps(&images, "a:1").0;
+        assert!(used > pulled.0);
+        images.resolve("b:1").unwrap();
+        assert!(stamps(&images, "b:1").1 > used && stamps(&images, "b:1").0 == pulled.0);
+        // The loser of a tag is not used by losing it.
+        images.add(image('c', &["docker.io/library/b:1"], &[]), |_| false).unwrap();
+        let again = open(dir.path());
+        assert_eq!(stamps(&again, "a:1"), (used, used));
+        assert_eq!(stamps(&again, &"b".repeat(64)), (pulled.0, pulled.0));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
@@ -85,6 +85,8 @@ struct Shared {
     /// How new layers are kept; directories until someone says otherwise.
     form: OnceLock<Form>,
     state: Mutex<State>,
+    /// Rung when dying layers are out of the way.
+    buried: Condvar,
 }
 
 #[derive(Default)]
@@ -93,6 +95,8 @@ struct State {
     holds: HashMap<Digest, usize>,
     /// Names in staging that someone works on.
     staging: HashSet<String>,
+    /// Layers that are no longer known and are about to be moved away.
+    dying: HashSet<Digest>,
     flights: HashMap<Digest, Weak<Flight>>,
 }
 
@@ -131,7 +135,7 @@ impl Layers {
             }
         }
         let state = Mutex::new(State { known, ..State::default() });
-        let this = Self { shared: Arc::new(Shared { layout: layout.clone(), form: OnceLock::new(), state }) };
+        let this = Self { shared: Arc::new(Shared { layout: layout.clone(), form: OnceLock::new(), state, buried: Condvar::new() }) };
         this.sweep_staging()?;
         Ok(this)
     }
@@ -178,9 +182,7 @@ impl Layers {
     /// # Errors
     /// Those of [`unpack`].
     pub fn stage(&self, source: Source<'_>, expected: &Expected, limits: Limits) -> Result<Staged> {
-        let mut random = [0u8; 12];
-        crate::sys::random::fill(&mut random);
-        let name: String = random.iter().map(|b| format!("{b:02x}")).collect();
+        let name = random_name();
         self.shared.lock().staging.insert(name.clone());
         let dir = self.shared.layout.staging().join(&name);
         // From here on dropping `guard` gives the name up for sweeping.
@@ -229,6 +231,10 @@ impl Layers {
         let mut spare = Vec::new();
         {
             let mut state = self.shared.lock();
+            // One of these may be on its way out at this moment: its directory must be gone before the new one moves in.
+            while staged.iter().any(|s| state.dying.contains(&s.record.diff_id)) {
+                state = self.shared.buried.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
             for layer in staged {
                 let id = &layer.record.diff_id;
                 if state.known.contains_key(id) {
@@ -252,35 +258,60 @@ impl Layers {
         record::sync_dir(&layout.layers())
     }
 
-    /// Drops every layer that is neither in `roots` nor held; returns how many. `roots` is called under the store's lock,
-    /// so that nothing can become a root and be swept at once. Blocks.
+    /// Drops every layer that is neither in `roots` nor held, of those in `only` if given. `roots` is called under the
+    /// store's lock, so that nothing can become a root and be swept at once; what takes time happens outside of it, so that
+    /// nobody waits. Blocks.
     ///
     /// # Errors
     /// I/O failures; what could not be removed is tried again by the next sweep.
-    pub fn sweep(&self, roots: impl FnOnce() -> HashSet<Digest>) -> Result<usize> {
-        let layout = &self.shared.layout;
-        let mut dropped = 0;
-        {
+    pub fn sweep(&self, only: Option<&HashSet<Digest>>, roots: impl FnOnce() -> HashSet<Digest>) -> Result<Vec<Digest>> {
+        let mut dead: Vec<(Digest, Known)> = {
             let mut state = self.shared.lock();
             let roots = roots();
-            let dead: Vec<Digest> = state.known.keys().filter(|id| !roots.contains(*id) && !state.holds.contains_key(*id)).cloned().collect();
-            for id in dead {
-                let from = layout.layer(&id);
-                let to = layout.staging().join(format!("{}-dead", id.hex()));
-                match std::fs::rename(&from, &to) {
-                    Ok(()) => {}
-                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                    Err(e) => return Err(Error::io(format!("move away {}", from.display()), e)),
+            let free = |id: &&Digest| !roots.contains(*id) && !state.holds.contains_key(*id) && only.is_none_or(|o| o.contains(*id));
+            let ids: Vec<Digest> = state.known.keys().filter(free).cloned().collect();
+            state.dying.extend(ids.iter().cloned());
+            ids.into_iter().filter_map(|id| state.known.remove(&id).map(|known| (id, known))).collect()
+        };
+        let mut moved = Ok(());
+        let mut stuck = Vec::new();
+        for (id, known) in dead.split_off(0) {
+            match self.move_away(&id) {
+                Ok(()) => dead.push((id, known)),
+                Err(e) => {
+                    moved = Err(e);
+                    stuck.push((id, known));
                 }
-                state.known.remove(&id);
-                dropped += 1;
             }
         }
+        {
+            let mut state = self.shared.lock();
+            for (id, known) in stuck {
+                state.dying.remove(&id);
+                state.known.insert(id, known);
+            }
+            for (id, _) in &dead {
+                state.dying.remove(id);
+            }
+        }
+        self.shared.buried.notify_all();
+        moved?;
+        crate::stdx::failpoint::hit("gc.layers-moved");
         self.sweep_staging()?;
-        Ok(dropped)
+        Ok(dead.into_iter().map(|(id, _)| id).collect())
     }
 
-    /// Removes what nobody works on from staging. Blocks.
+    fn move_away(&self, id: &Digest) -> Result<()> {
+        let layout = &self.shared.layout;
+        let from = layout.layer(id);
+        let to = layout.staging().join(format!("{}-dead-{}", id.hex(), random_name()));
+        match std::fs::rename(&from, &to) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("move away {}", from.display()), e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes what nobody works on from staging; what another thread is removing already is left to it. Blocks.
     ///
     /// # Errors
     /// I/O failures; the first is returned after all were tried.
@@ -289,16 +320,45 @@ impl Layers {
         let mut first = Ok(());
         for entry in std::fs::read_dir(&staging).act("list", staging.display())? {
             let entry = entry.act("list", staging.display())?;
-            let name = entry.file_name();
-            if name.to_str().is_some_and(|n| self.shared.lock().staging.contains(n)) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !self.shared.lock().staging.insert(name.clone()) {
                 continue;
             }
+            let _claim = StagingName { name: Some(name), store: &self.shared };
             let removed = remove::tree(&entry.path());
             if first.is_ok() {
                 first = removed;
             }
         }
         first
+    }
+
+    /// Whether somebody works on this name in staging.
+    pub fn is_claimed(&self, name: &str) -> bool {
+        self.shared.lock().staging.contains(name)
+    }
+
+    /// What every layer occupies, its record included.
+    pub fn sizes(&self) -> HashMap<Digest, FsUsage> {
+        self.shared.lock().known.iter().map(|(id, known)| (id.clone(), known.disk)).collect()
+    }
+
+    /// What one layer occupies.
+    pub fn size(&self, id: &Digest) -> Option<FsUsage> {
+        self.shared.lock().known.get(id).map(|known| known.disk)
+    }
+
+    /// Layers that running pulls, imports and creates hold.
+    pub fn held(&self) -> HashSet<Digest> {
+        self.shared.lock().holds.keys().cloned().collect()
+    }
+
+    /// Layers by the name of their directory, and whether they are being removed at this moment.
+    pub fn directories(&self) -> HashMap<std::ffi::OsString, (Digest, bool)> {
+        let state = self.shared.lock();
+        let name = |id: &Digest| self.shared.layout.layer(id).file_name().map(ToOwned::to_owned).unwrap_or_default();
+        let dying = state.dying.iter().map(|id| (name(id), (id.clone(), true)));
+        dying.chain(state.known.keys().map(|id| (name(id), (id.clone(), false)))).collect()
     }
 
     /// Counts layers anew after their data have reached the disk: allocation may differ from what it was while they were
@@ -374,6 +434,12 @@ impl Drop for StagingName<'_> {
             self.store.lock().staging.remove(name);
         }
     }
+}
+
+fn random_name() -> String {
+    let mut random = [0u8; 12];
+    crate::sys::random::fill(&mut random);
+    random.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn load(layout: &Layout, dir: &std::path::Path) -> Result<LayerRecord> {

@@ -90,6 +90,11 @@ impl Leases {
         Ok(())
     }
 
+    /// Whether any container holds this image.
+    pub fn hold(&self, image: &ImageId) -> bool {
+        self.lock().values().any(|l| l.image == *image)
+    }
+
     /// Layers that leases hold.
     pub fn layers(&self) -> HashSet<Digest> {
         self.lock().values().flat_map(|l| l.layers.iter().cloned()).collect()

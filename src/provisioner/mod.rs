@@ -4,7 +4,7 @@
 pub mod backends;
 pub mod config;
 mod engine;
-mod gc;
+pub mod gc;
 pub mod images;
 mod implied;
 pub mod layers;
@@ -13,10 +13,12 @@ mod pull;
 pub mod pullers;
 pub mod remove;
 pub mod unpack;
+pub mod upkeep;
 pub mod usage;
 
 pub use config::Config;
 pub use engine::Provisioner;
+pub use upkeep::Upkeep;
 
 use std::sync::Arc;
 
@@ -115,6 +117,12 @@ pub trait Images: Send + Sync {
     /// # Errors
     /// I/O failures.
     async fn fs_info(&self) -> Result<(std::path::PathBuf, FsUsage)>;
+
+    /// What the store has on disk that no image, container or running work accounts for. Cheap. Not 0 is a fault.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn unexplained(&self) -> Result<FsUsage>;
 
     /// Builds the root filesystem of `container` from `image`, which stays leased until [`Images::release`]. Idempotent.
     ///

@@ -35,13 +35,37 @@ pub fn count(path: &Path) -> Result<FsUsage> {
 /// # Errors
 /// I/O errors.
 pub fn count_at(top: BorrowedFd<'_>) -> Result<FsUsage> {
-    walk(top).act("count", "directory tree")
+    walk(top, &mut Seen::default()).act("count", "directory tree")
 }
 
-fn walk(top: BorrowedFd<'_>) -> rustix::io::Result<FsUsage> {
+/// Files with several names that have been counted, by device and inode.
+#[derive(Default)]
+pub struct Seen {
+    linked: HashSet<(u64, u64)>,
+}
+
+/// Counts whatever is at `path`, file or tree, without what was counted with `seen` before; nothing there counts nothing.
+///
+/// # Errors
+/// I/O errors.
+pub fn count_once(path: &Path, seen: &mut Seen) -> Result<FsUsage> {
+    match rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(fd) => walk(fd.as_fd(), seen).act("count", path.display()),
+        Err(Errno::NOENT) => Ok(FsUsage::default()),
+        Err(Errno::NOTDIR | Errno::LOOP) => match rustix::fs::lstat(path) {
+            Ok(stat) if stat.st_nlink > 1 && !seen.linked.insert((stat.st_dev, stat.st_ino)) => Ok(FsUsage::default()),
+            Ok(stat) => Ok(FsUsage { bytes: blocks(&stat), inodes: 1 }),
+            Err(Errno::NOENT) => Ok(FsUsage::default()),
+            Err(e) => Err(e).act("stat", path.display()),
+        },
+        Err(e) => Err(e).act("open directory", path.display()),
+    }
+}
+
+fn walk(top: BorrowedFd<'_>, seen: &mut Seen) -> rustix::io::Result<FsUsage> {
     let stat = rustix::fs::statat(top, ".", AtFlags::SYMLINK_NOFOLLOW)?;
+    let device = stat.st_dev;
     let mut sum = FsUsage { bytes: blocks(&stat), inodes: 1 };
-    let mut linked = HashSet::new();
     // One descriptor a level; what a container hides deeper than this is not worth the daemon's descriptors.
     // Opened anew: `top` may be a bare path descriptor, which cannot be read from.
     let readable = rustix::fs::openat(top, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -64,8 +88,12 @@ fn walk(top: BorrowedFd<'_>) -> rustix::io::Result<FsUsage> {
             Err(Errno::NOENT) => continue,
             Err(e) => return Err(e),
         };
+        // What is mounted here occupies another file system.
+        if stat.st_dev != device {
+            continue;
+        }
         let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-        if !is_dir && stat.st_nlink > 1 && !linked.insert((stat.st_dev, stat.st_ino)) {
+        if !is_dir && stat.st_nlink > 1 && !seen.linked.insert((stat.st_dev, stat.st_ino)) {
             continue;
         }
         sum.bytes += blocks(&stat);

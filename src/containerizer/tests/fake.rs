@@ -348,6 +348,10 @@ impl Images for FakeImages {
         Ok((PathBuf::from("/"), FsUsage::default()))
     }
 
+    async fn unexplained(&self) -> Result<FsUsage> {
+        Ok(FsUsage { bytes: 4096, inodes: 1 })
+    }
+
     async fn provision(&self, container: &str, _: &Image) -> Result<RootFs> {
         // Acquired before it can fail: an interrupted provision leaves something to release.
         self.0.hold_thing(format!("rootfs {container}"));

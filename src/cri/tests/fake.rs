@@ -326,6 +326,10 @@ impl Images for FakeImages {
         Ok((PathBuf::from("/var"), FsUsage { bytes: 8192, inodes: 3 }))
     }
 
+    async fn unexplained(&self) -> Result<FsUsage> {
+        Ok(FsUsage { bytes: 4096, inodes: 1 })
+    }
+
     async fn provision(&self, _: &str, _: &Image) -> Result<RootFs> {
         Err(Error::internal("the front provisions nothing"))
     }

@@ -3,6 +3,8 @@
 mod run;
 pub mod sample;
 mod show;
+mod store;
+mod store_show;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -59,6 +61,7 @@ pub fn command() -> Command {
                 .arg(address.clone())
                 .arg(Arg::new("archive").required(true).value_parser(value_parser!(PathBuf)).help("file or directory on the daemon's host")),
         )
+        .subcommands(store::commands(&address))
         .subcommand(
             Command::new("ping")
                 .about("Leave with 0 when the daemon is ready to serve")
@@ -116,6 +119,7 @@ fn dispatch(matches: &ArgMatches) -> Result<ExitCode> {
             let wait = std::time::Duration::from_secs(m.get_one::<u64>("wait").copied().unwrap_or(0));
             runtime(1)?.block_on(run::ping(&address(m), wait))
         }
+        Some((name, m)) if store::NAMES.contains(&name) => runtime(1)?.block_on(store::main(name, m)),
         Some(("completions", m)) => {
             if let Some(shell) = m.get_one::<clap_complete::Shell>("shell") {
                 clap_complete::generate(*shell, &mut command(), "mesocri", &mut std::io::stdout());

@@ -239,7 +239,7 @@ fn container_config(matches: &ArgMatches, image: String) -> Result<api::Containe
     })
 }
 
-async fn connect(path: &Path) -> Result<Channel> {
+pub(super) async fn connect(path: &Path) -> Result<Channel> {
     let owned = path.to_owned();
     let connector = tower::service_fn(move |_| {
         let path = owned.clone();
@@ -252,11 +252,12 @@ async fn connect(path: &Path) -> Result<Channel> {
         .map_err(|e| Error::with(Kind::Unavailable, format!("connect to the daemon at {} (is `mesocri daemon` running?)", path.display()), e))
 }
 
-fn refused(act: &str, status: &Status) -> Error {
+pub(super) fn refused(act: &str, status: &Status) -> Error {
     let kind = match status.code() {
         Code::InvalidArgument => Kind::InvalidArgument,
         Code::NotFound => Kind::NotFound,
         Code::Unavailable => Kind::Unavailable,
+        Code::FailedPrecondition => Kind::FailedPrecondition,
         _ => Kind::Internal,
     };
     Error::new(kind, format!("{act}: {}", status.message()))

@@ -63,7 +63,8 @@ pub fn short(id: &str) -> &str {
     hex.get(..12).unwrap_or(hex)
 }
 
-fn bytes(n: u64) -> String {
+/// A number of bytes for people.
+pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 4] = ["B", "kB", "MB", "GB"];
     let mut value = n as f64;
     let mut unit = 0;

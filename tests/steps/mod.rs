@@ -1,0 +1,166 @@
+//! A registry in the test's own process: a dozen images over a dozen small layers, the same for every seed.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mesocri::model::Reference;
+use mesocri::provisioner::unpack::Hasher;
+use serde_json::json;
+
+/// Images there are.
+pub const IMAGES: usize = 12;
+const LAYERS: usize = 12;
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// The registry, or its client's knowledge of it.
+pub struct Registry {
+    /// Host and port.
+    pub host: String,
+    dir: PathBuf,
+    images: Vec<Image>,
+}
+
+struct Image {
+    id: String,
+    layers: Vec<usize>,
+    diff_ids: Vec<String>,
+}
+
+/// Layers of an image: a base that half of them share, some of their own, some of their neighbours'.
+fn layers_of(image: usize) -> Vec<usize> {
+    let mut layers = vec![image % 2, 2 + image % 5, 7 + image % 3];
+    if image.is_multiple_of(3) {
+        layers.push(10);
+    }
+    if image > 8 {
+        layers.push(11);
+    }
+    layers
+}
+
+/// Files of a layer; `common` is in all of them.
+fn files_of(layer: usize) -> Vec<(String, String)> {
+    let mut files: Vec<_> = (0..1 + layer % 4).map(|n| (format!("l{layer}/f{n}"), format!("{layer} {n} ").repeat(200 + 900 * n))).collect();
+    files.push(("common".to_owned(), format!("of layer {layer}")));
+    files
+}
+
+fn pack(members: &[(String, Vec<u8>)]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, data) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        header.set_cksum();
+        builder.append_data(&mut header, name, data.as_slice()).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+fn layer(n: usize) -> Vec<u8> {
+    pack(&files_of(n).into_iter().map(|(name, text)| (name, text.into_bytes())).collect::<Vec<_>>())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Hasher::of(bytes, None).unwrap().to_string()
+}
+
+fn config(image: usize, diff_ids: &[String]) -> String {
+    json!({"os": "linux", "config": {"Labels": {"n": image.to_string()}}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}).to_string()
+}
+
+impl Registry {
+    /// Serves until the process ends; writes an archive of each image into `dir`.
+    pub fn start(dir: &Path) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let this = Self::at(dir, &listener.local_addr().unwrap().to_string());
+        let blobs: Vec<Vec<u8>> = (0..LAYERS).map(layer).collect();
+        let mut served: HashMap<String, (&'static str, Vec<u8>)> = HashMap::new();
+        for (n, image) in this.images.iter().enumerate() {
+            let document = config(n, &image.diff_ids);
+            let mut members: Vec<(String, Vec<u8>)> = image.layers.iter().map(|l| (format!("{l}.tar"), blobs[*l].clone())).collect();
+            let names: Vec<String> = members.iter().map(|(name, _)| name.clone()).collect();
+            members.push(("config.json".into(), document.clone().into_bytes()));
+            members.push((
+                "manifest.json".into(),
+                json!([{"Config": "config.json", "RepoTags": [this.reference(n).to_string()], "Layers": names}]).to_string().into_bytes(),
+            ));
+            std::fs::write(this.archive(n), pack(&members)).unwrap();
+            let descriptor = |bytes: &[u8]| json!({"mediaType": "application/octet-stream", "digest": sha256(bytes), "size": bytes.len()});
+            let layers: Vec<_> = image.layers.iter().map(|l| descriptor(&blobs[*l])).collect();
+            let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(document.as_bytes()), "layers": layers}).to_string();
+            served.insert(format!("/v2/i{n}/manifests/1"), (MANIFEST, manifest.into_bytes()));
+            served.insert(format!("/v2/i{n}/blobs/{}", image.id), ("application/octet-stream", document.into_bytes()));
+            for (l, id) in image.layers.iter().zip(&image.diff_ids) {
+                served.insert(format!("/v2/i{n}/blobs/{id}"), ("application/octet-stream", blobs[*l].clone()));
+            }
+        }
+        let served = Arc::new(served);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let served = served.clone();
+                std::thread::spawn(move || serve(stream, &served));
+            }
+        });
+        this
+    }
+
+    /// What is known of a registry at `host`.
+    pub fn at(dir: &Path, host: &str) -> Self {
+        let diff_ids: Vec<String> = (0..LAYERS).map(|n| sha256(&layer(n))).collect();
+        let image = |n: usize| {
+            let layers = layers_of(n);
+            let diff_ids: Vec<String> = layers.iter().map(|l| diff_ids[*l].clone()).collect();
+            Image { id: sha256(config(n, &diff_ids).as_bytes()), layers, diff_ids }
+        };
+        Self { host: host.to_owned(), dir: dir.to_owned(), images: (0..IMAGES).map(image).collect() }
+    }
+
+    /// Its name.
+    pub fn reference(&self, image: usize) -> Reference {
+        format!("{}/i{image}:1", self.host).parse().unwrap()
+    }
+
+    /// Its id.
+    pub fn id(&self, image: usize) -> String {
+        self.images[image].id.clone()
+    }
+
+    /// A `docker save` archive of it.
+    pub fn archive(&self, image: usize) -> PathBuf {
+        self.dir.join(format!("i{image}.tar"))
+    }
+
+    /// Diff ids of its layers.
+    pub fn layers(&self, image: usize) -> Vec<String> {
+        self.images[image].diff_ids.clone()
+    }
+
+    /// Every file that a root filesystem of it shows.
+    pub fn files(&self, image: usize) -> BTreeMap<String, String> {
+        self.images[image].layers.iter().flat_map(|l| files_of(*l)).collect()
+    }
+}
+
+fn serve(mut stream: TcpStream, served: &HashMap<String, (&'static str, Vec<u8>)>) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut first = String::new();
+    let mut line = String::new();
+    // A client that died is no concern of the registry.
+    while reader.read_line(&mut line).is_ok_and(|n| n > 2) {
+        if first.is_empty() {
+            first.clone_from(&line);
+        }
+        line.clear();
+    }
+    let path = first.split(' ').nth(1).unwrap_or_default();
+    let missing = ("text/plain", Vec::new());
+    let (status, (kind, body)) = served.get(path).map_or((404, &missing), |found| (200, found));
+    let head = format!("HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n", body.len());
+    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+}
