@@ -24,18 +24,6 @@ use mesocri::provisioner::{Config, Images as _, Provisioner, PullRequest, Upkeep
 use steps::{IMAGES, Registry};
 use tokio_util::sync::CancellationToken;
 
-/// Where a step can die.
-const POINTS: &[&str] = &[
-    "pull.unpacked",
-    "pull.layers-synced",
-    "pull.layers-in",
-    "pull.committed",
-    "provision.built",
-    "release.files-gone",
-    "remove.record-gone",
-    "gc.records-synced",
-    "gc.layers-moved",
-];
 /// Set for the child that dies: backend, step, argument, separated by blanks.
 const CHILD: &str = "GC_CHILD";
 /// Root of the child's store.
@@ -77,6 +65,16 @@ impl Act {
             Self::Remove(i) => format!("remove {i}"),
             Self::Prune => "prune".into(),
             Self::Free(n) => format!("free {n}"),
+        }
+    }
+
+    /// Where it can die.
+    fn points(&self) -> &'static [&'static str] {
+        match self {
+            Self::Pull(_) | Self::Load(_) => &["pull.unpacked", "pull.layers-synced", "pull.layers-in", "pull.committed"],
+            Self::Create(..) => &["provision.built"],
+            Self::Release(_) => &["release.files-gone", "gc.layers-moved"],
+            Self::Remove(_) | Self::Prune | Self::Free(_) => &["remove.record-gone", "gc.records-synced", "gc.layers-moved"],
         }
     }
 
@@ -270,7 +268,8 @@ impl Run {
         command.env(CHILD_ROOT, self.layout.root.parent().unwrap()).stdout(Stdio::piped()).stderr(Stdio::null());
         let at_point = self.random.below(2) == 0;
         if at_point {
-            command.env("MESOCRI_FAILPOINT", POINTS[self.random.below(POINTS.len())]);
+            let points = act.points();
+            command.env("MESOCRI_FAILPOINT", points[self.random.below(points.len())]);
         }
         let mut child = command.spawn().unwrap();
         let mut out = child.stdout.take().unwrap();
