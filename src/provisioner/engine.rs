@@ -135,7 +135,7 @@ impl Inner {
 
     /// What an image is asked for by, as the index has it: a short name means here what it means in a pull. What may also be the
     /// beginning of an id stays one unless there is an image of that name.
-    fn key<'a>(&self, key: &'a str) -> Cow<'a, str> {
+    pub(super) fn key<'a>(&self, key: &'a str) -> Cow<'a, str> {
         let hex = key.bytes().all(|b| b.is_ascii_hexdigit());
         if key.starts_with("sha256:") || (hex && key.len() == 64) {
             return Cow::Borrowed(key);

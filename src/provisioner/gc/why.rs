@@ -50,7 +50,7 @@ impl Inner {
             id == bare || bare.len() >= MIN_PREFIX && id.starts_with(bare)
         };
         let mut answers = Vec::new();
-        if let Some(image) = self.images.look_up(key) {
+        if let Some(image) = self.images.look_up(&self.key(key)) {
             answers.extend(world.image(&image.id).map(|e| image_answer(&world, e, self.policy.min_age_seconds)));
         }
         for lease in world.leases.iter().filter(|l| matches(&l.container)) {
