@@ -53,6 +53,7 @@ impl Owner {
         let ContainerPhase::Created { pid } = slot.container.phase else {
             return Err(Error::internal(format!("start container {id}: it is not created")));
         };
+        self.parts.images.check_container(id.as_str()).map_err(|e| e.within(format!("start container {id}")))?;
         let started_at = clock::now_ns();
         Ok(Container { phase: ContainerPhase::Running { pid, started_at }, ..Container::clone(&slot.container) })
     }

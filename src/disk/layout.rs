@@ -63,6 +63,11 @@ impl Layout {
         self.store().join("staging")
     }
 
+    /// Damaged layers that were replaced and that containers still use.
+    pub fn damaged(&self) -> PathBuf {
+        self.store().join("damaged")
+    }
+
     /// Leases on layers.
     pub fn leases(&self) -> PathBuf {
         self.store().join("leases")

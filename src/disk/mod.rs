@@ -9,6 +9,7 @@
 //! │   │                              options stay short
 //! │   ├── images/<hex>.json          one image record; writing it is the commit point of a pull
 //! │   ├── staging/<random>/          layers being unpacked; swept at start
+//! │   ├── damaged/<layer>-<time>/    damaged layers that were replaced, for containers that still use them
 //! │   ├── leases/<id>.json           what holds layers that no image record holds
 //! │   └── rootfs/<container>/        per container: upper/, work/ (overlay) or fs/ (copy)
 //! ├── pods/<pod>/pod.json            the pod's record

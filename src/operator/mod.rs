@@ -85,6 +85,10 @@ impl Operator for Service {
         store::disk_usage(&*self.upkeep).await.map(Response::new).map_err(|e| status(&e))
     }
 
+    async fn scrub(&self, request: Request<api::Document>) -> Result<Response<api::Document>, Status> {
+        store::scrub(&*self.upkeep, request.into_inner()).await.map(Response::new).map_err(|e| status(&e))
+    }
+
     async fn explain(&self, request: Request<api::ExplainRequest>) -> Result<Response<api::Document>, Status> {
         store::explain(&*self.upkeep, &request.into_inner().key).await.map(Response::new).map_err(|e| status(&e))
     }

@@ -27,6 +27,10 @@ pub(super) async fn explain(upkeep: &dyn Upkeep, key: &str) -> Result<Document> 
     write(&upkeep.why(key).await?)
 }
 
+pub(super) async fn scrub(upkeep: &dyn Upkeep, request: Document) -> Result<Document> {
+    write(&upkeep.scrub(read("scrub request", &request)?).await?)
+}
+
 fn read<T: DeserializeOwned>(what: &str, document: &Document) -> Result<T> {
     serde_json::from_str(&document.json).map_err(|e| Error::with(Kind::InvalidArgument, format!("read {what}"), e))
 }

@@ -23,6 +23,7 @@ use crate::disk::layout::Layout;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::image::{FsUsage, Image, RootFs};
 use crate::model::{Digest, ImageId};
+use crate::stdx::clock::now_ns;
 use crate::stdx::{blocking, failpoint};
 
 /// Layers unpacked at once over all pulls, as a multiple of what one pull may do: a registry that stalls holds up to its share.
@@ -74,7 +75,7 @@ impl Provisioner {
             let policy = Policy::new(&config)?;
             let layers = Layers::open(&layout)?;
             let pinned = |image: &Image| config.is_pinned(&image.repo_tags) || config.is_pinned(&image.repo_digests);
-            let images = Index::open(&layout, |d| layers.contains(d), pinned)?;
+            let images = Index::open(&layout, |d| layers.has(d), pinned)?;
             let leases = Leases::open(&layout)?;
             let backend = backends::choose(&config.backend, config.backend_by_probe, &layout)?;
             layers.keep_as(backend.form());
@@ -191,6 +192,7 @@ impl Inner {
         }
         // Held before it is looked for, so that no collection comes between.
         let _hold = self.layers.hold(layers.iter().cloned());
+        self.check_layers(&layers, &image.id, None).map_err(|e| e.within(format!("provision {container}")))?;
         if let Some(missing) = layers.iter().find(|d| !self.layers.contains(d)) {
             return Err(Error::not_found(format!("provision {container}: image {} is gone (layer {missing})", image.id)));
         }
@@ -214,7 +216,7 @@ impl Inner {
         if let Some(writable) = &rootfs.writable {
             self.counts.insert(container, writable.clone(), usage::count(writable)?);
         }
-        self.leases.put(Lease { container: container.to_owned(), image: image.id.clone(), layers, rootfs: rootfs.clone() })?;
+        self.leases.put(Lease { container: container.to_owned(), image: image.id.clone(), layers, rootfs: rootfs.clone(), made: now_ns() })?;
         self.images.touch(&image.id);
         Ok(rootfs)
     }
@@ -226,6 +228,7 @@ impl Inner {
         let Some(lease) = self.leases.get(container) else { return Ok(()) };
         self.leases.remove(container)?;
         self.images.touch(&lease.image);
+        self.bury()?;
         // Layers outlive their image only by leases; as long as the image is there, nothing can have become free.
         if self.images.look_up(lease.image.as_str()).is_none() {
             self.collect()?;
@@ -260,6 +263,7 @@ impl Inner {
     fn fs_info(&self) -> Result<FsUsage> {
         let layout = &self.layout;
         let mut sum = usage::add(self.layers.usage(), self.counts.sum());
+        sum = usage::add(sum, usage::count(&layout.damaged())?);
         for dir in [layout.store(), layout.layers(), layout.images(), layout.leases(), layout.rootfs_all(), layout.staging()] {
             sum = usage::add(sum, usage::own(&dir));
         }
@@ -329,6 +333,10 @@ impl Images for Provisioner {
         }
         let (inner, container, image) = (self.inner.clone(), container.to_owned(), image.clone());
         blocking::run("provision root filesystem", move || inner.provision(&container, &image)).await
+    }
+
+    fn check_container(&self, container: &str) -> Result<()> {
+        self.inner.check_container(container)
     }
 
     async fn release(&self, container: &str) -> Result<()> {

@@ -23,6 +23,9 @@ pub struct Lease {
     pub layers: Vec<Digest>,
     /// What was built.
     pub rootfs: RootFs,
+    /// When, in nanoseconds since the epoch; 0 in records of older versions.
+    #[serde(default)]
+    pub made: i64,
 }
 
 /// All leases.
@@ -93,6 +96,11 @@ impl Leases {
     /// Whether any container holds this image.
     pub fn hold(&self, image: &ImageId) -> bool {
         self.lock().values().any(|l| l.image == *image)
+    }
+
+    /// Whether any container that was made before `at` runs from this layer.
+    pub fn use_layer(&self, layer: &Digest, at: i64) -> bool {
+        self.lock().values().any(|l| l.made < at && l.layers.contains(layer))
     }
 
     /// Layers that leases hold.

@@ -12,6 +12,7 @@ mod leases;
 mod pull;
 pub mod pullers;
 pub mod remove;
+pub mod scrub;
 pub mod unpack;
 pub mod upkeep;
 pub mod usage;
@@ -129,6 +130,12 @@ pub trait Images: Send + Sync {
     /// # Errors
     /// `NotFound` when the image vanished, `ResourceExhausted`.
     async fn provision(&self, container: &str, image: &Image) -> Result<RootFs>;
+
+    /// Whether `container` may start: nothing it was made from is known to be damaged. From memory.
+    ///
+    /// # Errors
+    /// `DataLoss` naming the layer and the image.
+    fn check_container(&self, container: &str) -> Result<()>;
 
     /// Removes the root filesystem of `container`; unknown is fine.
     ///

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 
 use super::engine::{Inner, Provisioner};
 use super::gc::{Outcome, Plan, Request, df, why};
+use super::scrub;
 use crate::model::error::Result;
 use crate::stdx::blocking;
 
@@ -42,6 +43,12 @@ pub trait Upkeep: Send + Sync {
     /// # Errors
     /// `NotFound`.
     async fn why(&self, key: &str) -> Result<Vec<why::Answer>>;
+
+    /// Takes the digests of all layers again, marks what is damaged, and fetches it anew if asked. Takes as long as reading the store.
+    ///
+    /// # Errors
+    /// I/O failures of the store itself; damaged layers are in the report.
+    async fn scrub(&self, request: scrub::Request) -> Result<scrub::Report>;
 }
 
 async fn on<T: Send + 'static>(what: &'static str, inner: &Arc<Inner>, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
@@ -73,5 +80,9 @@ impl Upkeep for Provisioner {
     async fn why(&self, key: &str) -> Result<Vec<why::Answer>> {
         let key = key.to_owned();
         on("explain", &self.inner, move |inner| inner.why(&key)).await
+    }
+
+    async fn scrub(&self, request: scrub::Request) -> Result<scrub::Report> {
+        scrub::scrub(&self.inner, request).await
     }
 }

@@ -359,6 +359,10 @@ impl Images for FakeImages {
         Ok(RootFs { backend: "fake".into(), mounts: Vec::new(), lookup: Vec::new(), writable: None })
     }
 
+    fn check_container(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
     async fn release(&self, container: &str) -> Result<()> {
         self.0.pass("release").await?;
         self.0.drop_thing(&format!("rootfs {container}"));

@@ -334,6 +334,10 @@ impl Images for FakeImages {
         Err(Error::internal("the front provisions nothing"))
     }
 
+    fn check_container(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
     async fn release(&self, _: &str) -> Result<()> {
         Ok(())
     }

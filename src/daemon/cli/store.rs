@@ -1,4 +1,4 @@
-//! `mesocri gc`, `df` and `why`: what fills the image store, who holds it, what a collection would take.
+//! `mesocri gc`, `df`, `why` and `store`: what fills the image store, who holds it, what a collection would take, whether it is whole.
 
 use std::io::Read as _;
 use std::path::Path;
@@ -16,11 +16,12 @@ use crate::model::error::{Act as _, Error, Kind, Result};
 use crate::model::image::FsUsage;
 use crate::operator::MAX_MESSAGE;
 use crate::provisioner::gc::{Goal, MIN_AGE_SECONDS, Outcome, Plan, Request, df, why};
+use crate::provisioner::scrub;
 use crate::wire::operator::operator_client::OperatorClient;
 use crate::wire::operator::{DiskUsageRequest, Document, ExplainRequest};
 
 /// The commands of this file.
-pub const NAMES: &[&str] = &["gc", "df", "why"];
+pub const NAMES: &[&str] = &["gc", "df", "why", "store"];
 
 /// Their definitions.
 pub fn commands(address: &Arg) -> Vec<Command> {
@@ -65,7 +66,11 @@ pub fn commands(address: &Arg) -> Vec<Command> {
     let df = Command::new("df").about("Name every byte of the image store").arg(address.clone()).arg(json.clone()).arg(all);
     let key = Arg::new("what").required(true).value_name("PATH|DIGEST|ID").help("path, digest of a layer or blob, image, container");
     let why = Command::new("why").about("Say who holds something in the image store").arg(address.clone()).arg(json.clone()).arg(key);
-    vec![gc, df, why]
+    let repair = Arg::new("repair").long("repair").action(ArgAction::SetTrue).help("fetch damaged layers again from where their images came");
+    let scrub =
+        Command::new("scrub").about("Read every layer, compare it with what was unpacked, mark what is damaged").arg(address.clone()).arg(json).arg(repair);
+    let store = Command::new("store").about("Look after the image store").subcommand_required(true).arg_required_else_help(true).subcommand(scrub);
+    vec![gc, df, why, store]
 }
 
 /// Runs one of them.
@@ -101,6 +106,14 @@ pub async fn main(name: &str, matches: &ArgMatches) -> Result<ExitCode> {
             let answer = operator(matches).await?.explain(ExplainRequest { key }).await.map_err(|s| refused("explain", &s))?.into_inner();
             let answers: Vec<why::Answer> = parse(&answer)?;
             print(matches, &answers, |answers: &Vec<why::Answer>| show::why(answers))
+        }
+        ("store", Some(("scrub", m))) => {
+            let request = encode(&scrub::Request { repair: m.get_flag("repair") })?;
+            let answer = operator(m).await?.scrub(request).await.map_err(|s| refused("scrub", &s))?.into_inner();
+            let report: scrub::Report = parse(&answer)?;
+            print(m, &report, show::scrub)?;
+            let whole = report.damaged.iter().all(|f| f.fate == scrub::Fate::Repaired);
+            Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         _ => Err(Error::invalid("no command given")),
     }

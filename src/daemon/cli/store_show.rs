@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::show::{bytes, short};
 use crate::model::image::FsUsage;
 use crate::provisioner::gc::{Holder, Outcome, Plan, Step, Subject, df, why};
+use crate::provisioner::scrub;
 use crate::stdx::clock::now_ns;
 
 /// A plan: what goes, then what stays.
@@ -138,6 +139,29 @@ pub fn why(answers: &[why::Answer]) -> String {
         let _ = writeln!(text, "  {} in {} files{alone}", bytes(answer.usage.bytes), answer.usage.inodes);
         let held = if answer.holders.is_empty() { "held by nobody".to_owned() } else { format!("held by: {}", holders(&answer.holders)) };
         let _ = writeln!(text, "  {held}");
+    }
+    text
+}
+
+/// What a scrub found.
+pub fn scrub(report: &scrub::Report) -> String {
+    let mut text = format!("{} layers read, {}: {} damaged", report.checked, bytes(report.bytes), report.damaged.len());
+    let _ = match report.unverifiable.len() {
+        0 => writeln!(text),
+        n => writeln!(text, ", {n} of an older version that recorded nothing to compare with"),
+    };
+    for finding in &report.damaged {
+        let fate = match &finding.fate {
+            scrub::Fate::Marked => "no container starts from it".to_owned(),
+            scrub::Fate::Repaired => "fetched again".to_owned(),
+            scrub::Fate::Unrepaired(why) => format!("not repaired: {why}"),
+        };
+        let _ = writeln!(text, "layer {}: {}; {fate}", finding.layer, finding.what);
+        let _ = writeln!(text, "  images: {}", finding.images.join(", "));
+        if !finding.containers.is_empty() {
+            let ids: Vec<&str> = finding.containers.iter().map(|id| short(id)).collect();
+            let _ = writeln!(text, "  containers made from it, to be made anew: {}", ids.join(", "));
+        }
     }
     text
 }

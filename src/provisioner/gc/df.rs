@@ -155,7 +155,7 @@ impl Inner {
         let layout = &self.layout;
         let mut census = Census { inner: self, store: layout.store(), depth, seen: Seen::default(), parts: Vec::new(), layers: self.layers.directories() };
         census.own(&layout.store(), Owner::Store);
-        let known = [layout.layers(), layout.images(), layout.leases(), layout.rootfs_all(), layout.staging()];
+        let known = [layout.layers(), layout.images(), layout.leases(), layout.rootfs_all(), layout.staging(), layout.damaged()];
         for path in list(&layout.store())? {
             if known.contains(&path) {
                 census.own(&path, Owner::Store);
@@ -197,6 +197,8 @@ impl Inner {
             Some(dir) if dir == layout.rootfs_all() && !self.is_debris(path) => Owner::Container(text.to_owned()),
             Some(dir) if dir == layout.staging() && !self.is_debris(path) => Owner::Running,
             Some(dir) if dir == layout.rootfs_all() || dir == layout.staging() => Owner::Debris,
+            Some(dir) if dir == layout.damaged() && self.is_debris(path) => Owner::Debris,
+            Some(dir) if dir == layout.damaged() && self.layers.replaced().iter().any(|r| r.name == text) => Owner::Damaged,
             _ => Owner::Unexplained,
         }
     }

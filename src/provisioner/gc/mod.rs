@@ -68,7 +68,17 @@ impl Inner {
     /// # Errors
     /// I/O failures; the next run tries again.
     pub(super) fn collect(&self) -> Result<usize> {
-        self.layers.sweep(None, || self.reachable()).map(|dead| dead.len())
+        let dead = self.layers.sweep(None, || self.reachable())?;
+        self.bury()?;
+        Ok(dead.len())
+    }
+
+    /// Removes replaced layers that no container uses any more. Blocks.
+    ///
+    /// # Errors
+    /// I/O failures; the next run tries again.
+    pub(super) fn bury(&self) -> Result<()> {
+        self.layers.bury(|r| self.leases.use_layer(&r.layer, r.at))
     }
 
     fn reachable(&self) -> HashSet<Digest> {
@@ -165,6 +175,9 @@ impl Inner {
         // Staging has its own way, in which two never meet.
         if path.parent() == Some(&*self.layout.staging()) {
             return self.layers.sweep_staging();
+        }
+        if path.parent() == Some(&*self.layout.damaged()) {
+            return self.bury();
         }
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let Some(_claim) = self.claim_rootfs(&name) else { return Ok(()) };

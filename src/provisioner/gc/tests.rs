@@ -37,7 +37,7 @@ fn entry(id: char, tag: &str, layers: &str, used: i64) -> Entry {
 fn lease(container: &str, image: char, layers: &str) -> Arc<Lease> {
     let rootfs = RootFs { backend: "x".into(), mounts: vec![], lookup: vec![], writable: None };
     let layers = layers.chars().map(digest).collect();
-    Arc::new(Lease { container: container.into(), image: ImageId::from_string(digest(image).as_str()), layers, rootfs })
+    Arc::new(Lease { container: container.into(), image: ImageId::from_string(digest(image).as_str()), layers, rootfs, made: 0 })
 }
 
 /// Layers a to f of 10, 20, … 60 bytes; images 1: a b, 2: a c, 3: a d.

@@ -60,7 +60,7 @@ impl Inner {
         let layers: HashSet<&Digest> = world.layers.keys().filter(|id| matches(id.as_str())).chain(blobs).collect();
         let mut layers: Vec<&Digest> = layers.into_iter().collect();
         layers.sort();
-        answers.extend(layers.into_iter().map(|id| layer_answer(&world, id)));
+        answers.extend(layers.into_iter().map(|id| self.layer_answer(&world, id)));
         if answers.is_empty() { Err(Error::not_found(format!("explain {key:?}: no image, layer or container of this store"))) } else { Ok(answers) }
     }
 
@@ -86,7 +86,7 @@ impl Inner {
         let usage = usage::count_once(&top, &mut usage::Seen::default())?;
         let plain = |about: &str, holders| Answer { what: owner.clone(), about: vec![about.to_owned()], holders, usage, alone: None };
         Ok(match &owner {
-            Owner::Layer(id) => layer_answer(world, id),
+            Owner::Layer(id) => self.layer_answer(world, id),
             Owner::Container(id) | Owner::Lease(id) if self.leases.get(id).is_some() => self.container_answer(world, id)?,
             Owner::Image(id) => match world.image(id) {
                 Some(entry) => image_answer(world, entry, self.policy.min_age_seconds),
@@ -101,7 +101,13 @@ impl Inner {
 
     fn census_knows(&self, path: &Path) -> bool {
         let l = &self.layout;
-        [l.store(), l.layers(), l.images(), l.leases(), l.rootfs_all(), l.staging()].iter().any(|p| p == path)
+        [l.store(), l.layers(), l.images(), l.leases(), l.rootfs_all(), l.staging(), l.damaged()].iter().any(|p| p == path)
+    }
+
+    fn layer_answer(&self, world: &World, id: &Digest) -> Answer {
+        let mut answer = layer_answer(world, id);
+        answer.about.extend(self.layers.damage(id).map(|d| format!("damaged: {}", d.what)));
+        answer
     }
 
     fn container_answer(&self, world: &World, id: &str) -> Result<Answer> {

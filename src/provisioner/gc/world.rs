@@ -89,7 +89,11 @@ impl Inner {
     fn debris(&self) -> Result<Vec<(PathBuf, FsUsage)>> {
         let store = self.layout.store();
         let mut debris = Vec::new();
-        for dir in [self.layout.staging(), self.layout.rootfs_all()] {
+        for dir in [self.layout.staging(), self.layout.rootfs_all(), self.layout.damaged()] {
+            // Nothing was ever replaced: the last of them does not exist.
+            if !dir.exists() {
+                continue;
+            }
             for entry in std::fs::read_dir(&dir).act("list", dir.display())? {
                 let path = entry.act("list", dir.display())?.path();
                 if self.is_debris(&path)
@@ -103,12 +107,13 @@ impl Inner {
         Ok(debris)
     }
 
-    /// Whether the path, directly in staging or among the root filesystems, belongs to nobody.
+    /// Whether the path, directly in staging, among the root filesystems or the replaced layers, belongs to nobody.
     pub(in crate::provisioner) fn is_debris(&self, path: &std::path::Path) -> bool {
         let Some(name) = path.file_name().and_then(|n| n.to_str()) else { return true };
         match path.parent() {
             Some(dir) if dir == self.layout.staging() => !self.layers.is_claimed(name),
             Some(dir) if dir == self.layout.rootfs_all() => self.leases.get(name).is_none() && !self.is_building(name),
+            Some(dir) if dir == self.layout.damaged() => self.layers.replaced().iter().any(|r| r.name == name && !self.leases.use_layer(&r.layer, r.at)),
             _ => false,
         }
     }

@@ -4,6 +4,7 @@
 //! Two threads share the work of a layer: one hashes the blob and inflates, the other hashes what came out and writes files.
 //! Inflating and creating files cost about the same, so this nearly halves the time of a single large layer on two cores.
 
+pub mod content;
 pub mod erofs;
 mod hash;
 mod names;

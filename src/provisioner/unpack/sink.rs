@@ -50,6 +50,8 @@ pub struct Finished {
     pub implied: Vec<String>,
     /// It has whiteouts or opaque directories.
     pub marks: bool,
+    /// What its files come to ([`super::content`]), where that was taken on the way.
+    pub content: Option<String>,
 }
 
 /// Keeps one layer. Missing parents are made with mode 0755 of root; whatever has the name already is replaced, except that a

@@ -15,9 +15,10 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
+use super::content::{self, FileSum, Sum};
 use super::names::follow;
 use super::sink::{Data, Finished, MAX_LINKS, Place, Sink, exhausted, show, xattrs};
 use super::tar::{Entry, What};
@@ -63,6 +64,8 @@ pub struct Tree {
     own_umask: bool,
     opaque_root: bool,
     marks: bool,
+    /// Of all names but directories, as long as nothing was replaced.
+    content: Sum,
 }
 
 impl Tree {
@@ -80,11 +83,23 @@ impl Tree {
         let mut dirs = BTreeMap::new();
         dirs.insert(Vec::new(), None);
         let root_path = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()).act("read link", root.display())?.into_bytes();
-        Ok(Self { root: fd, root_path, parent: None, dirs, names: 0, usage: FsUsage::default(), recount: false, own_umask, opaque_root: false, marks: false })
+        Ok(Self {
+            root: fd,
+            root_path,
+            parent: None,
+            dirs,
+            names: 0,
+            usage: FsUsage::default(),
+            recount: false,
+            own_umask,
+            opaque_root: false,
+            marks: false,
+            content: Sum::default(),
+        })
     }
 
     /// Owner, mode, attributes and times of a regular file, in the order that keeps each of them; then its size on disk.
-    fn finish_fd(&mut self, fd: BorrowedFd<'_>, path: &[u8], entry: &Entry) -> Result<()> {
+    fn finish_fd(&mut self, fd: BorrowedFd<'_>, path: &[u8], entry: &Entry) -> Result<Stat> {
         let owned = entry.uid != 0 || entry.gid != 0;
         if owned {
             rustix::fs::fchown(fd, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid))).act("change owner of", show(path))?;
@@ -97,11 +112,11 @@ impl Tree {
         rustix::fs::futimens(fd, &times(Some(entry.mtime))).act("set times of", show(path))?;
         let stat = rustix::fs::fstat(fd).act("stat", show(path))?;
         self.count(&stat);
-        Ok(())
+        Ok(stat)
     }
 
     /// Metadata of what cannot be opened for writing: links and nodes. Never follows.
-    fn finish_name(&mut self, path: &[u8], name: &[u8], entry: &Entry) -> Result<()> {
+    fn finish_name(&mut self, path: &[u8], name: &[u8], entry: &Entry) -> Result<Stat> {
         let at = self.at();
         if entry.uid != 0 || entry.gid != 0 {
             rustix::fs::chownat(at, name, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)), AtFlags::SYMLINK_NOFOLLOW)
@@ -115,7 +130,7 @@ impl Tree {
         rustix::fs::utimensat(at, name, &times(Some(entry.mtime)), AtFlags::SYMLINK_NOFOLLOW).act("set times of", show(path))?;
         let stat = rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW).act("stat", show(path))?;
         self.count(&stat);
-        Ok(())
+        Ok(stat)
     }
 
     // --- names
@@ -284,11 +299,19 @@ impl Sink for Tree {
                 Err(e) => return Err(e).act("create", show(path)),
             }
         };
-        data(&mut |offset, piece| write_all(fd.as_fd(), offset, piece).act("write", show(path)))?;
+        let mut sum = FileSum::default();
+        data(&mut |offset, piece| {
+            sum.piece(offset, piece);
+            write_all(fd.as_fd(), offset, piece).act("write", show(path))
+        })?;
         if entry.sparse.is_some() {
             rustix::fs::ftruncate(&fd, entry.size).act("set size of", show(path))?;
         }
-        self.finish_fd(fd.as_fd(), path, entry)
+        let stat = self.finish_fd(fd.as_fd(), path, entry)?;
+        let capability = xattrs(entry).find(|(key, _)| *key == content::CAPABILITY).map_or(b"".as_slice(), |(_, value)| value);
+        let key = self.key(name);
+        self.content.add(&key, &stat, &sum.finish(entry.size).to_le_bytes(), capability);
+        Ok(())
     }
 
     fn symlink(&mut self, Place { path, parent, name }: Place<'_>, entry: &Entry) -> Result<()> {
@@ -299,7 +322,10 @@ impl Sink for Tree {
             }
             self.clear(path, name)?;
         }
-        self.finish_name(path, name, entry)
+        let stat = self.finish_name(path, name, entry)?;
+        let key = self.key(name);
+        self.content.add(&key, &stat, &entry.link, b"");
+        Ok(())
     }
 
     fn node(&mut self, Place { path, parent, name }: Place<'_>, entry: &Entry) -> Result<()> {
@@ -317,11 +343,14 @@ impl Sink for Tree {
             }
             self.clear(path, name)?;
         }
-        self.finish_name(path, name, entry)?;
+        let mut stat = self.finish_name(path, name, entry)?;
         if entry.mode & 0o7000 != 0 || !self.own_umask {
             // The name was made by this entry in a directory that only we write, and is no link.
             rustix::fs::chmodat(self.at(), name, Mode::from_raw_mode(entry.mode), AtFlags::empty()).act("change mode of", show(path))?;
+            stat = rustix::fs::statat(self.at(), name, AtFlags::SYMLINK_NOFOLLOW).act("stat", show(path))?;
         }
+        let key = self.key(name);
+        self.content.add(&key, &stat, b"", b"");
         Ok(())
     }
 
@@ -331,7 +360,12 @@ impl Sink for Tree {
         loop {
             // No AT_SYMLINK_FOLLOW: a link to a link is a link.
             match rustix::fs::linkat(&from, target.name, self.at(), name, AtFlags::empty()) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    let (key, mut sum) = (self.key(name), self.content);
+                    content::add_again(&mut sum, self.at(), name, &key).act("read", show(path))?;
+                    self.content = sum;
+                    return Ok(());
+                }
                 Err(Errno::EXIST) => {
                     self.clear(path, name)?;
                 }
@@ -347,6 +381,9 @@ impl Sink for Tree {
         match rustix::fs::mknodat(self.at(), hidden, FileType::CharacterDevice, Mode::empty(), 0) {
             Ok(()) => {
                 self.usage.inodes += 1;
+                let stat = rustix::fs::statat(self.at(), hidden, AtFlags::SYMLINK_NOFOLLOW).act("stat", show(hidden))?;
+                let key = self.key(hidden);
+                self.content.add(&key, &stat, b"", b"");
                 Ok(())
             }
             // A whiteout hides lower layers only: what this layer has itself stays, but alone.
@@ -387,7 +424,7 @@ impl Sink for Tree {
                 // Made a moment ago by us: 0755 whatever the umask, and no set-group-id bit from above.
                 None => {
                     rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).act("change mode of", show(&path))?;
-                    if let Ok(text) = String::from_utf8(path)
+                    if let Ok(text) = String::from_utf8(path.clone())
                         && !text.is_empty()
                     {
                         implied.push(text);
@@ -395,10 +432,12 @@ impl Sink for Tree {
                 }
             }
             let stat = rustix::fs::fstat(&fd).act("stat", "directory")?;
+            self.content.add(&path, &stat, b"", content::opacity(fd.as_fd()));
             self.count(&stat);
         }
         let usage = if self.recount { crate::provisioner::usage::count_at(self.root.as_fd())? } else { self.usage };
-        Ok(Finished { usage, opaque_root: self.opaque_root, implied, marks: self.marks })
+        let content = if self.recount { content::of_dir(self.root.as_fd())? } else { self.content.text() };
+        Ok(Finished { usage, opaque_root: self.opaque_root, implied, marks: self.marks, content: Some(content) })
     }
 }
 

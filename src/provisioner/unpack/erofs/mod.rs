@@ -393,7 +393,7 @@ impl Sink for Erofs {
         }
         implied.sort_unstable();
         let opaque_root = self.nodes.dirs.first().is_some_and(|d| d.opaque);
-        Ok(Finished { usage: FsUsage { bytes, inodes: 1 }, opaque_root, implied, marks: self.marks })
+        Ok(Finished { usage: FsUsage { bytes, inodes: 1 }, opaque_root, implied, marks: self.marks, content: None })
     }
 }
 
