@@ -13,14 +13,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
 use crate::containerizer::{Containerizer, Engine};
-use crate::disk::{Layout, record};
+use crate::disk::{Layout, version};
 use crate::isolators::{Deps, Isolators};
 use crate::launcher::ShimLauncher;
 use crate::model::error::{Act as _, Error, Kind, Result};
 use crate::provisioner::{Images, Provisioner};
-
-/// Format number of the tree below `root`.
-const TREE_VERSION: &str = "1\n";
 
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
@@ -88,32 +85,21 @@ fn cri_config(config: &Config) -> Result<crate::cri::Config> {
     Ok(cri)
 }
 
-/// Makes both roots, owner-only, and checks the tree's version.
+/// Checks the tree's version and makes what is missing, both roots owner-only.
 fn prepare_tree(layout: &Layout) -> Result<()> {
     for dir in [&layout.root, &layout.state] {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create directory", dir.display())?;
         // It may have existed with another mode (attack case 24: world-readable state).
         std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).act("set the mode of", dir.display())?;
     }
+    version::check(layout)?;
     for dir in [layout.store(), layout.layers(), layout.images(), layout.staging(), layout.leases(), layout.rootfs_all(), layout.pods(), layout.networks()] {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).act("create directory", dir.display())?;
     }
     for dir in [layout.shims(), layout.run_pods(), layout.seccomp()] {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).act("create directory", dir.display())?;
     }
-    match std::fs::read_to_string(layout.version()) {
-        Ok(text) if text == TREE_VERSION => Ok(()),
-        Ok(text) if text.trim().parse::<u32>().is_ok() => Err(Error::precondition(format!(
-            "open {}: written by another version of mesocri (format {}, this one writes {})",
-            layout.root.display(),
-            text.trim(),
-            TREE_VERSION.trim()
-        ))),
-        // Missing, or torn by a power cut at its very first write: the tree's records carry their own versions.
-        Ok(_) => record::write_bytes(&layout.version(), TREE_VERSION.as_bytes(), record::Durability::Synced),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => record::write_bytes(&layout.version(), TREE_VERSION.as_bytes(), record::Durability::Synced),
-        Err(e) => Err(Error::io(format!("read {}", layout.version().display()), e)),
-    }
+    Ok(())
 }
 
 /// One daemon per state directory and per root; held by an open file, so it ends with the process however that ends.

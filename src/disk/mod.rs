@@ -37,5 +37,6 @@ pub mod layout;
 pub mod pods;
 pub mod record;
 pub mod tree;
+pub mod version;
 
 pub use layout::Layout;

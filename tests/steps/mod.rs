@@ -1,12 +1,12 @@
 //! A registry in the test's own process: a dozen images over a dozen small layers, the same for every seed.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)] // each test binary uses its part
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use mesocri::model::Reference;
 use mesocri::provisioner::unpack::Hasher;
@@ -23,6 +23,7 @@ pub struct Registry {
     pub host: String,
     dir: PathBuf,
     images: Vec<Image>,
+    seen: Arc<Mutex<Vec<String>>>,
 }
 
 struct Image {
@@ -100,11 +101,11 @@ impl Registry {
                 served.insert(format!("/v2/i{n}/blobs/{id}"), ("application/octet-stream", blobs[*l].clone()));
             }
         }
-        let served = Arc::new(served);
+        let (served, seen) = (Arc::new(served), this.seen.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let served = served.clone();
-                std::thread::spawn(move || serve(stream, &served));
+                let (served, seen) = (served.clone(), seen.clone());
+                std::thread::spawn(move || serve(stream, &served, &seen));
             }
         });
         this
@@ -118,7 +119,17 @@ impl Registry {
             let diff_ids: Vec<String> = layers.iter().map(|l| diff_ids[*l].clone()).collect();
             Image { id: sha256(config(n, &diff_ids).as_bytes()), layers, diff_ids }
         };
-        Self { host: host.to_owned(), dir: dir.to_owned(), images: (0..IMAGES).map(image).collect() }
+        Self { host: host.to_owned(), dir: dir.to_owned(), images: (0..IMAGES).map(image).collect(), seen: Arc::default() }
+    }
+
+    /// Paths asked for since the last [`Registry::forget_requests`].
+    pub fn requests(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+
+    /// Forgets what was asked for so far.
+    pub fn forget_requests(&self) {
+        self.seen.lock().unwrap().clear();
     }
 
     /// Its name.
@@ -147,7 +158,7 @@ impl Registry {
     }
 }
 
-fn serve(mut stream: TcpStream, served: &HashMap<String, (&'static str, Vec<u8>)>) {
+fn serve(mut stream: TcpStream, served: &HashMap<String, (&'static str, Vec<u8>)>, seen: &Mutex<Vec<String>>) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     let mut first = String::new();
     let mut line = String::new();
@@ -159,6 +170,7 @@ fn serve(mut stream: TcpStream, served: &HashMap<String, (&'static str, Vec<u8>)
         line.clear();
     }
     let path = first.split(' ').nth(1).unwrap_or_default();
+    seen.lock().unwrap().push(path.to_owned());
     let missing = ("text/plain", Vec::new());
     let (status, (kind, body)) = served.get(path).map_or((404, &missing), |found| (200, found));
     let head = format!("HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n", body.len());

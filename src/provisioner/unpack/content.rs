@@ -225,3 +225,126 @@ impl Reader {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+
+    use super::*;
+    use crate::provisioner::config::Limits;
+    use crate::provisioner::unpack::{Expected, Form, file_source, unpack};
+
+    /// Entry type, name, data or link target, mode.
+    type Member<'a> = (::tar::EntryType, &'a str, &'a str, u32);
+
+    fn archive(members: &[Member<'_>]) -> Vec<u8> {
+        let mut builder = ::tar::Builder::new(Vec::new());
+        for (kind, name, text, mode) in members {
+            let mut header = ::tar::Header::new_gnu();
+            header.set_entry_type(*kind);
+            header.set_mode(*mode);
+            header.set_mtime(1_600_000_000);
+            header.set_uid(7);
+            header.set_gid(8);
+            header.set_size(0);
+            if matches!(kind, ::tar::EntryType::Symlink | ::tar::EntryType::Link) {
+                builder.append_link(&mut header, name, text).unwrap();
+            } else {
+                header.set_size(text.len() as u64);
+                builder.append_data(&mut header, name, text.as_bytes()).unwrap();
+            }
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn unpacked(dir: &Path, members: &[Member<'_>]) -> String {
+        let root = dir.join("fs");
+        std::fs::create_dir(&root).unwrap();
+        let tar = archive(members);
+        let done = unpack(file_source(tar.as_slice()), &root, Form::Directory, &Expected::default(), Limits::default()).unwrap();
+        let taken = done.tree.content.unwrap();
+        assert_eq!(taken, of(&root, true).unwrap(), "{members:?}");
+        taken
+    }
+
+    #[test]
+    fn what_is_taken_on_the_way_is_what_is_found_later() {
+        use ::tar::EntryType::{Directory, Fifo, Link, Regular, Symlink};
+        let plain: &[Member<'_>] = &[(Directory, "usr/", "", 0o755), (Regular, "usr/a", "alpha", 0o644), (Symlink, "l", "usr/a", 0o777)];
+        let cases: &[&[Member<'_>]] = &[
+            plain,
+            // Special modes, pipes, nothing at all.
+            &[(Regular, "su", "x", 0o4755), (Fifo, "pipe", "", 0o1600), (Regular, "empty", "", 0o600)],
+            &[],
+            // Directories that are only implied; whiteouts and opaque directories.
+            &[(Regular, "a/b/c", "x", 0o644), (Regular, "a/.wh.gone", "", 0o644), (Regular, "a/b/.wh..wh..opq", "", 0o644)],
+            // Further names, of files and of links.
+            &[(Regular, "f", "data", 0o644), (Link, "g", "f", 0o644), (Symlink, "s", "f", 0o777), (Link, "t", "s", 0o777)],
+            // Through links planted by the layer itself, and by names with dots.
+            &[(Directory, "usr/lib/", "", 0o755), (Symlink, "lib", "usr/lib", 0o777), (Regular, "lib/x", "x", 0o644), (Regular, "./lib/../lib/y", "y", 0o644)],
+            // Replaced: a file by a file, by a directory, a whiteout by a file, a directory by a link.
+            &[(Regular, "f", "one", 0o644), (Regular, "f", "two", 0o600), (Regular, "d", "x", 0o644), (Directory, "d/", "", 0o700)],
+            &[
+                (Regular, ".wh.w", "", 0o644),
+                (Regular, "w", "x", 0o644),
+                (Directory, "e/", "", 0o755),
+                (Regular, "e/x", "x", 0o644),
+                (Symlink, "e", "d", 0o777),
+            ],
+        ];
+        let mut seen = std::collections::HashSet::new();
+        for members in cases {
+            let dir = tempfile::tempdir().unwrap();
+            assert!(seen.insert(unpacked(dir.path(), members)), "{members:?}");
+        }
+        // The order of entries does not matter.
+        let dir = tempfile::tempdir().unwrap();
+        let reversed: Vec<Member<'_>> = plain.iter().rev().copied().collect();
+        assert!(seen.contains(&unpacked(dir.path(), &reversed)));
+    }
+
+    #[test]
+    fn every_kind_of_damage_shows() {
+        use ::tar::EntryType::{Directory, Regular, Symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let members = [(Directory, "d/", "", 0o755), (Regular, "d/f", "content", 0o644), (Symlink, "l", "d", 0o777)];
+        let whole = unpacked(dir.path(), &members);
+        let root = dir.path().join("fs");
+        let file = root.join("d/f");
+        let mtime = std::fs::metadata(&file).unwrap().modified().unwrap();
+        let restore = || std::fs::File::options().write(true).open(&file).unwrap().set_modified(mtime).unwrap();
+        let check = |what: &str, differs: bool| assert_eq!(of(&root, false).unwrap() != whole, differs, "{what}");
+        std::fs::write(&file, "Content").unwrap();
+        restore();
+        assert_eq!(std::fs::metadata(&file).unwrap().mtime(), 1_600_000_000);
+        check("a flipped bit", true);
+        std::fs::write(&file, "content").unwrap();
+        check("another time", true);
+        restore();
+        check("all as it was", false);
+        std::fs::set_permissions(&root.join("d"), PermissionsExt::from_mode(0o700)).unwrap();
+        check("another mode", true);
+        std::fs::set_permissions(&root.join("d"), PermissionsExt::from_mode(0o755)).unwrap();
+        std::fs::write(root.join("d/new"), "").unwrap();
+        check("a further file", true);
+        std::fs::remove_file(root.join("d/new")).unwrap();
+        check("gone again", false);
+        std::fs::rename(&file, root.join("d/g")).unwrap();
+        check("another name", true);
+        std::fs::rename(root.join("d/g"), &file).unwrap();
+        std::fs::remove_file(root.join("l")).unwrap();
+        check("a link less", true);
+    }
+
+    #[test]
+    fn holes_count_as_zeros() {
+        let mut whole = FileSum::default();
+        whole.piece(0, &[0; 70_000]);
+        whole.piece(70_000, b"x");
+        let mut sparse = FileSum::default();
+        sparse.piece(70_000, b"x");
+        let (whole, sparse) = (whole.finish(100_000), sparse.finish(100_000));
+        assert_eq!(whole, sparse);
+        assert_ne!(whole, FileSum::default().finish(100_000));
+    }
+}
