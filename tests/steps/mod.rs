@@ -95,7 +95,9 @@ impl Registry {
             let descriptor = |bytes: &[u8]| json!({"mediaType": "application/octet-stream", "digest": sha256(bytes), "size": bytes.len()});
             let layers: Vec<_> = image.layers.iter().map(|l| descriptor(&blobs[*l])).collect();
             let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(document.as_bytes()), "layers": layers}).to_string();
-            served.insert(format!("/v2/i{n}/manifests/1"), (MANIFEST, manifest.into_bytes()));
+            for name in ["1".to_owned(), sha256(manifest.as_bytes())] {
+                served.insert(format!("/v2/i{n}/manifests/{name}"), (MANIFEST, manifest.clone().into_bytes()));
+            }
             served.insert(format!("/v2/i{n}/blobs/{}", image.id), ("application/octet-stream", document.into_bytes()));
             for (l, id) in image.layers.iter().zip(&image.diff_ids) {
                 served.insert(format!("/v2/i{n}/blobs/{id}"), ("application/octet-stream", blobs[*l].clone()));
