@@ -162,6 +162,7 @@ impl Inner {
         }
         let only = (mode == Mode::Exact).then(|| plan.layers());
         self.layers.sweep(only.as_ref(), || self.reachable())?;
+        self.bury()?;
         Ok(outcome)
     }
 
