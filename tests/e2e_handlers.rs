@@ -10,17 +10,13 @@ use common::cri::{code, pod, shell};
 use mesocri::wire::cri as api;
 use tonic::Code;
 
-/// crun refuses a hybrid host whose v2 hierarchy has a controller. In a mount namespace of the test's own, the last one (huge
-/// pages) is mounted as v1 first; where that is not needed or not possible nothing is lost.
+/// A mount namespace of the test's own, in which crun works.
 fn own_mounts_for_crun() {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
-    let hugetlb = std::path::Path::new("/sys/fs/cgroup/hugetlb");
-    if std::fs::create_dir_all(hugetlb).is_ok() {
-        let _ = mount(Some("cgroup"), hugetlb, Some("cgroup"), MsFlags::empty(), Some("hugetlb"));
-    }
+    common::host::hugetlb_as_v1();
 }
 
 /// A program that waits and needs no library: the test build of `mesocri-init` is linked dynamically.

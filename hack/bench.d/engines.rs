@@ -39,9 +39,7 @@ impl Bench {
         // As on every node: what a reboot may lose is in memory.
         host::run("mount", &["-t", "tmpfs", "tmpfs", "/run"]);
         node.start_registry();
-        // crun refuses a hybrid host while the v2 hierarchy has a controller.
-        let _ = std::fs::create_dir_all("/sys/fs/cgroup/hugetlb")
-            .map(|()| Command::new("mount").args(["-t", "cgroup", "-o", "hugetlb", "cgroup", "/sys/fs/cgroup/hugetlb"]).status());
+        host::hugetlb_as_v1();
         // A fresh journalled file system: the machine's own may be slow at reusing deleted inodes.
         let store = node.dir.path().join("store");
         std::fs::create_dir_all(&store).unwrap();
@@ -66,7 +64,6 @@ impl Bench {
             engine.stop();
         }
         host::run("umount", &["-l", &self.store.display().to_string()]);
-        let _ = Command::new("umount").arg("/sys/fs/cgroup/hugetlb").status();
     }
 }
 

@@ -34,6 +34,33 @@ pub fn make_uplink() {
     run("ip", &["route", "add", "default", "via", "10.99.0.2", "dev", "uplink"]);
 }
 
+/// crun refuses a hybrid host whose v2 hierarchy has a controller: here the last one (huge pages) is mounted as v1 in the calling
+/// mount namespace. The tree of hierarchies is made anew for that: a directory in the machine's own would be seen by everybody, and
+/// runtimes take it for a hierarchy. Where that is not needed or not possible nothing changes.
+#[allow(dead_code)] // not every test binary has a use for it
+pub fn hugetlb_as_v1() {
+    let (none, tree): (Option<&str>, _) = (None, Path::new("/sys/fs/cgroup"));
+    if !tree.join("unified").is_dir() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    mount(Some("tmpfs"), scratch.path(), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    for entry in std::fs::read_dir(tree).unwrap().flatten().filter(|e| e.file_name() != "hugetlb") {
+        let target = scratch.path().join(entry.file_name());
+        match std::fs::read_link(entry.path()) {
+            Ok(link) => std::os::unix::fs::symlink(link, target).unwrap(),
+            Err(_) => {
+                std::fs::create_dir(&target).unwrap();
+                mount(Some(&entry.path()), &target, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).unwrap();
+            }
+        }
+    }
+    let hugetlb = scratch.path().join("hugetlb");
+    std::fs::create_dir(&hugetlb).unwrap();
+    let _ = mount(Some("cgroup"), &hugetlb, Some("cgroup"), MsFlags::empty(), Some("hugetlb"));
+    mount(Some(scratch.path()), tree, none, MsFlags::MS_MOVE, none).unwrap();
+}
+
 /// Runs a program to its end; it must succeed. Returns its standard output.
 pub fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("run {program}: {e}"));
