@@ -36,7 +36,12 @@ pub const FLAGS: &[Flag] = &[
     Flag { name: "cri_socket", key: "socket", form: Form::Text, help: "unix socket of the CRI; default RUNTIME_DIR/mesocri.sock" },
     Flag { name: "isolation", key: "isolation", form: Form::List, help: "isolators to use, comma separated; an order is not needed" },
     Flag { name: "image_providers", key: "image_providers", form: Form::List, help: "image formats to serve: docker" },
-    Flag { name: "image_provisioner_backend", key: "provisioner.backend", form: Form::Text, help: "backend of root filesystems: overlay, copy; empty chooses" },
+    Flag {
+        name: "image_provisioner_backend",
+        key: "provisioner.backend",
+        form: Form::Text,
+        help: "backend of root filesystems: overlay, bind, copy, aufs, erofs; empty chooses",
+    },
     Flag { name: "docker_registry", key: "provisioner.docker_registry", form: Form::Text, help: "URL of the registry for image names without a host" },
     Flag {
         name: "docker_config",
