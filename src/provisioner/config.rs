@@ -174,4 +174,16 @@ mod tests {
         assert!(toml::from_str::<Config>("typo = 1").is_err());
         assert_eq!(toml::from_str::<Config>(&toml::to_string(&config).unwrap()).unwrap(), config);
     }
+
+    #[test]
+    fn a_printed_configuration_has_no_secret() {
+        let config: Config =
+            toml::from_str("docker_config = '{\"auths\":{\"a:5000\":{\"auth\":\"hidden\"}}}'\n[proxy]\nhttp = \"http://u:hidden@proxy:3128\"").unwrap();
+        let printed = toml::to_string(&config).unwrap();
+        assert!(!printed.contains("hidden"), "{printed}");
+        assert_eq!(printed.matches("(not shown)").count(), 2);
+
+        let config: Config = toml::from_str("docker_config = '/etc/mesocri/docker.json'").unwrap();
+        assert!(toml::to_string(&config).unwrap().contains("/etc/mesocri/docker.json"));
+    }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::model::Reference;
 use crate::model::error::{Error, Result};
@@ -62,10 +62,18 @@ impl Proxy {
     }
 }
 
-/// Text that may hold a password: never shown by `Debug`, so no log line and no error has it.
-#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Text that may hold a password: shown neither by `Debug` nor by `Serialize`, so no log line, no error and no printed
+/// configuration has it. A path is no secret and is written as it is.
+#[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(pub String);
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let shown = self.0.is_empty() || self.0.starts_with('/');
+        serializer.serialize_str(if shown { &self.0 } else { "(not shown)" })
+    }
+}
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -199,6 +207,6 @@ mod tests {
     fn secrets_are_not_shown() {
         let proxy = Proxy { http: "http://u:hunter2@p".into(), ..Proxy::default() };
         assert!(!format!("{proxy:?}").contains("hunter2"));
-        assert!(serde_json::to_string(&proxy).unwrap().contains("hunter2"));
+        assert!(!serde_json::to_string(&proxy).unwrap().contains("hunter2"));
     }
 }
