@@ -49,6 +49,7 @@ pub const FLAGS: &[Flag] = &[
         form: Form::Text,
         help: "credentials for registries: path of a config.json or .dockercfg, or the JSON itself",
     },
+    Flag { name: "hadoop_home", key: "provisioner.hdfs.hadoop_home", form: Form::Text, help: "Hadoop installation whose bin/hadoop reads hdfs:// URIs" },
     Flag { name: "image_gc_config", key: "provisioner.image_gc_config", form: Form::Json, help: "when to collect unused images: JSON, or a file with it" },
     Flag { name: "network_cni_config_dir", key: "network.cni.conf_dir", form: Form::Text, help: "directory of CNI network configurations" },
     Flag { name: "network_cni_plugins_dir", key: "network.cni.bin_dirs", form: Form::List, help: "directories of CNI plugins, comma separated" },

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::gc::{Gc, ImageGcConfig, covering};
+pub use super::pullers::fetch::Hdfs;
 pub use super::pullers::settings::{Proxy, Registry, Secret, ShortNames};
 
 /// The provisioner's settings.
@@ -45,6 +46,8 @@ pub struct Config {
     pub registry_config_dir: PathBuf,
     /// Proxies.
     pub proxy: Proxy,
+    /// How to read `hdfs://` URIs.
+    pub hdfs: Hdfs,
     /// Images never collected automatically: full references, or prefixes ending in `*`.
     pub pinned: Vec<String>,
     /// Backend for root filesystems: `overlay`, `aufs`, `copy`; `bind` (read-only); `erofs` (layers kept as one image each). Empty
@@ -96,6 +99,7 @@ impl Default for Config {
             registries: BTreeMap::new(),
             registry_config_dir: PathBuf::new(),
             proxy: Proxy::default(),
+            hdfs: Hdfs::default(),
             pinned: Vec::new(),
             backend: String::new(),
             backend_by_probe: false,

@@ -16,7 +16,7 @@ use super::images::Images as Index;
 use super::layers::{LayerRecord, Layers};
 use super::leases::{Lease, Leases};
 use super::pull::{self, Pulls};
-use super::pullers::{archive, registry::Registries};
+use super::pullers::{archive, fetch::Fetcher, registry::Registries};
 use super::usage::{self, Counts};
 use super::{Images, PullEvent, PullRequest, implied, remove};
 use crate::disk::layout::Layout;
@@ -43,6 +43,8 @@ pub(super) struct Inner {
     pub(super) images: Index,
     pub(super) leases: Leases,
     pub(super) registries: Registries,
+    #[expect(dead_code, reason = "archives and Appc images at URIs use it")]
+    pub(super) fetcher: Fetcher,
     pub(super) pulls: Pulls,
     pub(super) pull_permits: Semaphore,
     pub(super) layer_permits: Semaphore,
@@ -85,9 +87,11 @@ impl Provisioner {
                     counts.insert(&lease.container, dir.clone(), usage::count(dir)?);
                 }
             }
+            let registries = Registries::new(&config);
             let inner = Inner {
                 platform: config.platform(),
-                registries: Registries::new(&config),
+                fetcher: Fetcher::new(&config, &registries),
+                registries,
                 pulls: Pulls::default(),
                 pull_permits: Semaphore::new(config.max_parallel_pulls.max(1)),
                 layer_permits: Semaphore::new(config.max_parallel_layers.max(1) * LAYER_SHARES),

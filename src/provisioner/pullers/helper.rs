@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
+use super::child::Group;
 use super::docker_config::from_user;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::provisioner::Credentials;
@@ -62,11 +61,10 @@ impl Helpers {
             return Err(Error::precondition(format!("find {program} in {:?}", self.dirs)));
         }
         let mut command = Command::new(&path);
-        // A group of its own, so that what it starts can be killed with it. Its complaints may hold secrets and go nowhere.
-        command.arg("get").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0).kill_on_drop(true);
-        let mut running = Running { child: command.spawn().act("start", path.display())?, ended: false };
-        let talk = running.talk(server);
-        let Ok(result) = tokio::time::timeout(self.deadline, talk).await else {
+        // Its complaints may hold secrets and go nowhere.
+        command.arg("get").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut running = Group::start(&mut command).act("start", path.display())?;
+        let Ok(result) = tokio::time::timeout(self.deadline, talk(&mut running, server)).await else {
             return Err(Error::new(Kind::DeadlineExceeded, format!("{act}: no answer within {} s, killed", self.deadline.as_secs())));
         };
         let (success, output) = result.act("talk to", &program)?;
@@ -86,37 +84,17 @@ impl Helpers {
     }
 }
 
-/// A helper at work; dropping it kills it and all it started.
-struct Running {
-    child: Child,
-    ended: bool,
-}
-
-impl Running {
-    async fn talk(&mut self, server: &str) -> std::io::Result<(bool, Vec<u8>)> {
-        if let Some(mut stdin) = self.child.stdin.take() {
-            // A helper that does not read may answer all the same.
-            let _ = stdin.write_all(server.as_bytes()).await;
-        }
-        let mut output = Vec::new();
-        if let Some(stdout) = self.child.stdout.take() {
-            stdout.take(LONGEST_ANSWER).read_to_end(&mut output).await?;
-        }
-        let status = self.child.wait().await?;
-        self.ended = true;
-        Ok((status.success(), output))
+/// Asks and hears the answer.
+async fn talk(running: &mut Group, server: &str) -> std::io::Result<(bool, Vec<u8>)> {
+    if let Some(mut stdin) = running.child.stdin.take() {
+        // A helper that does not read may answer all the same.
+        let _ = stdin.write_all(server.as_bytes()).await;
     }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Not reaped yet, so the number is still its own.
-        if !self.ended
-            && let Some(group) = self.child.id().and_then(|id| i32::try_from(id).ok())
-        {
-            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-        }
+    let mut output = Vec::new();
+    if let Some(stdout) = running.child.stdout.take() {
+        stdout.take(LONGEST_ANSWER).read_to_end(&mut output).await?;
     }
+    Ok((running.wait().await?.success(), output))
 }
 
 #[cfg(test)]

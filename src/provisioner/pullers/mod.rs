@@ -2,7 +2,9 @@
 
 pub mod archive;
 mod auth;
+mod child;
 pub mod docker_config;
+pub mod fetch;
 mod helper;
 pub mod manifest;
 pub mod registry;

@@ -14,8 +14,8 @@ pub mod exchange;
 pub mod hosts;
 mod hosts_file;
 pub mod retry;
-mod throttle;
-mod transfer;
+pub(in crate::provisioner::pullers) mod throttle;
+pub(in crate::provisioner::pullers) mod transfer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -50,10 +50,10 @@ pub struct Registries {
 }
 
 /// What pulls share.
-struct Shared {
-    clients: Clients,
+pub(in crate::provisioner::pullers) struct Shared {
+    pub(in crate::provisioner::pullers) clients: Clients,
     tokens: Tokens,
-    throttle: Throttle,
+    pub(in crate::provisioner::pullers) throttle: Throttle,
 }
 
 /// One repository, at every host that may have it.
@@ -93,6 +93,11 @@ impl Registries {
             throttle: Throttle::new(config.max_bytes_per_second, config.max_parallel_downloads),
         };
         Self { config: Arc::new(config.clone()), shared: Arc::new(shared) }
+    }
+
+    /// Connections and limits, for other transfers of this node.
+    pub(in crate::provisioner::pullers) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
     }
 
     /// Where `reference` lies. Reads the files that say so, now.
@@ -283,7 +288,7 @@ impl Endpoint {
     }
 
     fn give_up<T>(&self, tries: Tries, what: &str) -> Result<T> {
-        let name = |n: usize| self.sessions.get(n).map(|s| s.host.name()).unwrap_or_default();
+        let name = |n: usize| self.sessions.get(n).map(|s| format!("mirror {}", s.host.name())).unwrap_or_default();
         tries.give_up(&format!("fetch {what} of {}", self.repository), name)
     }
 
@@ -297,4 +302,4 @@ impl Endpoint {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::provisioner) mod tests;

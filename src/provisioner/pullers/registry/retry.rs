@@ -134,7 +134,8 @@ impl Tries {
         self.round = 0;
     }
 
-    /// The failure to report: that of the last host in the list (the registry itself), with what the others said.
+    /// The failure to report: that of the last host in the list (the registry itself), with what the others, as `name` calls them,
+    /// said.
     ///
     /// # Errors
     /// Always.
@@ -146,7 +147,7 @@ impl Tries {
         if self.failures.is_empty() {
             return Err(failure.error);
         }
-        let others: Vec<String> = self.failures.iter().map(|(host, f)| format!("mirror {}: {}", name(*host), f.error)).collect();
+        let others: Vec<String> = self.failures.iter().map(|(host, f)| format!("{}: {}", name(*host), f.error)).collect();
         let kind = failure.error.kind;
         Err(Error::new(kind, format!("{} ({})", failure.error, others.join("; "))))
     }
@@ -219,7 +220,7 @@ mod tests {
             tries.failed(host, Failure { error: Error::new(kind, format!("host {host} {kind:?}")), again });
         }
         assert!(tries.step().is_none());
-        let error = tries.give_up::<()>("fetch", |n| format!("m{n}")).unwrap_err();
+        let error = tries.give_up::<()>("fetch", |n| format!("mirror m{n}")).unwrap_err();
         assert_eq!((error.kind, error.to_string().as_str()), (Kind::NotFound, "host 1 NotFound (mirror m0: host 0 DataLoss)"));
         assert_eq!(Tries::new(vec![], 0).give_up::<()>("fetch", |n| n.to_string()).unwrap_err().kind, Kind::FailedPrecondition);
     }

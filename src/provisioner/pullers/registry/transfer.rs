@@ -69,7 +69,7 @@ impl<'a, P: FnMut(u64)> Transfer<'a, P> {
             }
             other => other?,
         };
-        let mut pace = Pace { stall: endpoint.stall, waited: Duration::ZERO, bytes: 0 };
+        let mut pace = Pace::new(endpoint.stall);
         loop {
             let began = Instant::now();
             let next = endpoint.timed(act, async { response.chunk().await.map_err(|e| broken(act, e)) }).await?;
@@ -125,14 +125,23 @@ fn content_range(value: &HeaderValue) -> Option<(u64, Option<u64>)> {
 }
 
 /// Watches that bytes come at more than a trickle. Only waiting for the network counts, not waiting for the receiver.
-struct Pace {
+pub struct Pace {
     stall: Duration,
     waited: Duration,
     bytes: u64,
 }
 
 impl Pace {
-    fn took(&mut self, waited: Duration, bytes: usize, act: &str) -> Result<(), Failure> {
+    /// Nothing has been waited for yet; `stall` is the timeout.
+    pub fn new(stall: Duration) -> Self {
+        Self { stall, waited: Duration::ZERO, bytes: 0 }
+    }
+
+    /// `bytes` came after a wait.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is a trickle.
+    pub fn took(&mut self, waited: Duration, bytes: usize, act: &str) -> Result<(), Failure> {
         self.waited += waited;
         self.bytes += bytes as u64;
         if self.waited < self.stall {
@@ -167,7 +176,7 @@ mod tests {
     #[test]
     fn a_trickle_is_silence() {
         let pace = |bytes| {
-            let mut pace = Pace { stall: Duration::from_secs(10), waited: Duration::ZERO, bytes: 0 };
+            let mut pace = Pace::new(Duration::from_secs(10));
             (0..100).try_for_each(|_| pace.took(Duration::from_secs(1), bytes, "x")).map_err(|f| f.error.kind)
         };
         assert_eq!(pace(1), Err(Kind::Unavailable));

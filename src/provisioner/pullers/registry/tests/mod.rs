@@ -4,7 +4,7 @@ mod auth;
 mod images;
 mod proxy;
 mod redirect;
-mod stub;
+pub(in crate::provisioner) mod stub;
 mod transfer;
 
 use super::*;
