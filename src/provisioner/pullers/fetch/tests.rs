@@ -171,7 +171,13 @@ async fn a_broken_transfer_goes_on_where_it_stopped() {
 
 #[tokio::test]
 async fn who_leaves_leaves_nothing() {
-    let silent = Stub::new(|r| Some(if r.path.contains("OPEN") { Answer { hang: true, ..Answer::ok(noise(1000)).cut(10) } } else { Answer::ok(r#"{"FileStatus":{"length":1000,"type":"FILE","modificationTime":1}}"#) }));
+    let silent = Stub::new(|r| {
+        Some(if r.path.contains("OPEN") {
+            Answer { hang: true, ..Answer::ok(noise(1000)).cut(10) }
+        } else {
+            Answer::ok(r#"{"FileStatus":{"length":1000,"type":"FILE","modificationTime":1}}"#)
+        })
+    });
     let config = Config::default();
     let dir = tempfile::tempdir().unwrap();
     let (cancel, to) = (CancellationToken::new(), dir.path().join("to"));

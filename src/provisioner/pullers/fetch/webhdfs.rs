@@ -84,7 +84,8 @@ impl<'a> WebHdfs<'a> {
     /// The file `path` at the cluster whose name nodes are `bases`.
     pub(super) async fn open(config: &Config, shared: &'a Shared, bases: &[String], path: &str) -> Result<Self> {
         let (settings, bases, path, user) = (config.clone(), bases.to_vec(), path.to_owned(), config.hdfs.user.clone());
-        let nodes = blocking::run("read settings of name nodes", move || bases.iter().map(|base| node(&settings, base, &path, &user)).collect::<Result<_>>()).await?;
+        let nodes =
+            blocking::run("read settings of name nodes", move || bases.iter().map(|base| node(&settings, base, &path, &user)).collect::<Result<_>>()).await?;
         Ok(Self { shared, nodes, retries: config.pull_retries, stall: Duration::from_secs(config.stall_timeout_seconds.max(1)) })
     }
 
