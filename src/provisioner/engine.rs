@@ -172,7 +172,7 @@ impl Inner {
     /// Has the backend build it, or the copy if these layers are beyond the backend.
     fn build(&self, dir: &Path, layers: &[Digest]) -> Result<RootFs> {
         let visible = self.visible(layers);
-        let stack: Vec<_> = visible.iter().map(|(path, record)| backends::Layer { path, marks: record.marks }).collect();
+        let stack: Vec<_> = visible.iter().map(|(path, record)| backends::Layer { path, marks: record.marks, lists_root: record.lists_root() }).collect();
         let rootfs = match self.backend.provision(dir, &stack) {
             Err(e) if e.kind == Kind::Unimplemented => {
                 tracing::info!(directory = %dir.display(), error = %e, "falling back to a copy");

@@ -3,12 +3,14 @@
 //! between images with different bases, so it is put right per container: the writable directory gets the directory with the
 //! metadata of the layer that does list it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use super::metadata;
 use super::unpack::tree::OPAQUE;
 use crate::model::error::{Act, Result};
 
@@ -20,53 +22,63 @@ pub struct Layer<'a> {
     pub implied: &'a [String],
 }
 
-/// Puts metadata of implied directories right in `writable`. `layers` are lowest first. Blocks.
+/// Puts metadata of implied directories right in `writable`: below its root, which the backend has seen to. `layers` are lowest
+/// first. Blocks.
 ///
 /// # Errors
 /// I/O failures.
 pub fn put_right(layers: &[Layer<'_>], writable: &Path) -> Result<()> {
-    if layers.iter().all(|l| l.implied.is_empty()) {
+    // Parents first.
+    let paths: BTreeSet<&str> = layers.iter().flat_map(|l| l.implied).map(String::as_str).filter(|path| !path.is_empty()).collect();
+    if paths.is_empty() {
         return Ok(());
     }
     let roots = layers.iter().map(|l| open_root(l.files)).collect::<Result<Vec<_>>>()?;
     let target = open_root(writable)?;
-    let mut paths: Vec<&String> = layers.iter().flat_map(|l| l.implied).collect();
-    // Parents first.
-    paths.sort();
-    paths.dedup();
+    let times_of_root = metadata::times(&rustix::fs::fstat(&target).act("stat", writable.display())?);
+    let mut right: BTreeMap<String, OwnedFd> = BTreeMap::new();
     for path in paths {
-        let Some(stat) = wanted(layers, &roots, path) else { continue };
-        let mut above = String::new();
-        for part in path.split('/') {
-            above = if above.is_empty() { part.to_owned() } else { format!("{above}/{part}") };
-            if resolve(target.as_fd(), &above, OFlags::PATH).is_ok() {
+        let Some(source) = wanted(layers, &roots, path) else { continue };
+        for (end, _) in path.match_indices('/').chain([(path.len(), "")]) {
+            let above = &path[..end];
+            if resolve(target.as_fd(), above, OFlags::PATH).is_ok() {
                 continue;
             }
-            let meta = if above == *path { Some(stat) } else { shown(layers, &roots, &above) };
-            rustix::fs::mkdirat(&target, &above, Mode::from_raw_mode(0o700)).act("create directory", &above)?;
-            if let Some(meta) = meta {
-                set(target.as_fd(), &above, &meta)?;
+            rustix::fs::mkdirat(&target, above, Mode::from_raw_mode(0o700)).act("create directory", above)?;
+            if let Some(source) = shown(layers, &roots, above) {
+                right.insert(above.to_owned(), source);
             }
         }
-        set(target.as_fd(), path, &stat)?;
+        right.insert(path.to_owned(), source);
     }
-    Ok(())
+    if right.is_empty() {
+        return Ok(());
+    }
+    // When all are made, since making one changes the times of its parent.
+    for (path, source) in &right {
+        let to = resolve(target.as_fd(), path, OFlags::RDONLY).act("open directory", path)?;
+        let stat = rustix::fs::fstat(source).act("stat", path)?;
+        metadata::replace(source.as_fd(), to.as_fd(), &stat).act("copy metadata to", path)?;
+    }
+    let root = resolve(target.as_fd(), ".", OFlags::RDONLY).act("open directory", writable.display())?;
+    rustix::fs::futimens(&root, &times_of_root).act("set times of", writable.display())
 }
 
-/// The metadata that `path` should have, when what the union shows is an implied directory and a lower layer knows better.
-fn wanted(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<Stat> {
+/// The directory whose metadata `path` should have, when what the union shows is an implied one and a lower layer knows better.
+/// One that says nothing but the default is not worth a directory in every container.
+fn wanted(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<OwnedFd> {
     let mut below_implied = false;
     for (layer, root) in layers.iter().zip(roots).rev() {
-        let stat = match stat(root.as_fd(), path) {
-            Ok(stat) => stat,
+        let dir = match resolve(root.as_fd(), path, OFlags::RDONLY) {
+            Ok(dir) => dir,
             Err(Errno::NOENT) => continue,
             // Not a directory here, or not by this way: it is something else from here down.
             Err(_) => return None,
         };
         if !layer.implied.iter().any(|i| i == path) {
-            return Some(stat).filter(|s| below_implied && (s.st_mode & 0o7777, s.st_uid, s.st_gid) != (0o755, 0, 0));
+            return Some(dir).filter(|dir| below_implied && !is_default(dir.as_fd()));
         }
-        if is_opaque(root.as_fd(), path) {
+        if is_opaque(dir.as_fd()) {
             return None;
         }
         below_implied = true;
@@ -74,9 +86,14 @@ fn wanted(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<Stat> {
     None
 }
 
+fn is_default(dir: BorrowedFd<'_>) -> bool {
+    let plain = rustix::fs::fstat(dir).is_ok_and(|s| (s.st_mode & 0o7777, s.st_uid, s.st_gid) == (0o755, 0, 0));
+    plain && metadata::names(dir).is_ok_and(|names| names.is_empty())
+}
+
 /// What the union shows of a directory: the uppermost that lists it, else the uppermost.
-fn shown(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<Stat> {
-    wanted(layers, roots, path).or_else(|| roots.iter().rev().find_map(|root| stat(root.as_fd(), path).ok()))
+fn shown(layers: &[Layer<'_>], roots: &[OwnedFd], path: &str) -> Option<OwnedFd> {
+    wanted(layers, roots, path).or_else(|| roots.iter().rev().find_map(|root| resolve(root.as_fd(), path, OFlags::RDONLY).ok()))
 }
 
 fn open_root(path: &Path) -> Result<OwnedFd> {
@@ -88,19 +105,9 @@ fn resolve(root: BorrowedFd<'_>, path: &str, flags: OFlags) -> rustix::io::Resul
     rustix::fs::openat2(root, path, flags | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
 }
 
-fn stat(root: BorrowedFd<'_>, path: &str) -> rustix::io::Result<Stat> {
-    rustix::fs::fstat(resolve(root, path, OFlags::PATH)?)
-}
-
-fn is_opaque(root: BorrowedFd<'_>, path: &str) -> bool {
+fn is_opaque(dir: BorrowedFd<'_>) -> bool {
     let mut value = [0u8; 4];
-    resolve(root, path, OFlags::RDONLY).and_then(|fd| rustix::fs::fgetxattr(fd, OPAQUE, value.as_mut_slice())).is_ok_and(|n| n == 1 && value[0] == b'y')
-}
-
-fn set(root: BorrowedFd<'_>, path: &str, meta: &Stat) -> Result<()> {
-    let fd = resolve(root, path, OFlags::RDONLY).act("open directory", path)?;
-    rustix::fs::fchown(&fd, Some(Uid::from_raw(meta.st_uid)), Some(Gid::from_raw(meta.st_gid))).act("change owner of", path)?;
-    rustix::fs::fchmod(&fd, Mode::from_raw_mode(meta.st_mode & 0o7777)).act("change mode of", path)
+    rustix::fs::fgetxattr(dir, OPAQUE, value.as_mut_slice()).is_ok_and(|n| n == 1 && value[0] == b'y')
 }
 
 #[cfg(test)]

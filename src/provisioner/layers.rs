@@ -48,7 +48,8 @@ pub struct LayerRecord {
     /// Its root hides all lower layers.
     #[serde(default)]
     pub opaque_root: bool,
-    /// Directories that its archive did not list, so that they have default metadata here.
+    /// Directories that its archive did not list, so that they have default metadata here; the empty path, then the first, is the
+    /// root (older records never say that of a root).
     #[serde(default)]
     pub implied: Vec<String>,
     /// How its files are kept.
@@ -60,6 +61,13 @@ pub struct LayerRecord {
     /// What its files come to ([`super::unpack::content`]); older records do not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+}
+
+impl LayerRecord {
+    /// The root's metadata come from the archive.
+    pub fn lists_root(&self) -> bool {
+        self.implied.first().is_none_or(|path| !path.is_empty())
+    }
 }
 
 fn maybe() -> bool {

@@ -9,6 +9,7 @@ pub mod images;
 mod implied;
 pub mod layers;
 mod leases;
+mod metadata;
 mod pull;
 pub mod pullers;
 pub mod remove;

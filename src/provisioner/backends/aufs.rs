@@ -73,8 +73,8 @@ impl Backend for Aufs {
         for made in [&writable, &xino] {
             std::fs::create_dir(made).act("create directory", made.display())?;
         }
-        if let Some(top) = layers.last() {
-            overlay::copy_root(top.path, &writable)?;
+        if let Some(root) = super::root_of(layers) {
+            overlay::copy_root(root, &writable)?;
         }
         let lookup = [writable.clone()].into_iter().chain(paths.into_iter().rev()).collect();
         let mounts = vec![RootMount { fstype: "aufs".to_owned(), source: "aufs".to_owned(), options }];
@@ -99,7 +99,7 @@ mod tests {
             assert_eq!(options(Path::new("/u"), &layers, Path::new("/w")).unwrap_err().kind, Kind::Unimplemented);
         }
         let dir = tempfile::tempdir().unwrap();
-        let layer = Layer { path: dir.path(), marks: true };
+        let layer = Layer { path: dir.path(), marks: true, lists_root: true };
         assert_eq!(Aufs.provision(dir.path(), &[layer]).unwrap_err().kind, Kind::Unimplemented);
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::overlay::{copy_root, make_probe_layers, probe_dir};
@@ -14,12 +14,10 @@ use super::{Backend, Layer};
 use crate::disk::{layer, layout::Layout};
 use crate::model::error::{Act, Kind, Result};
 use crate::model::image::{RootFs, RootMount};
-use crate::provisioner::remove;
 use crate::provisioner::unpack::Form;
 use crate::provisioner::unpack::tree::{OPAQUE, is_whiteout};
+use crate::provisioner::{metadata, remove};
 
-/// Longest list of attribute names and longest value that the kernel gives.
-const XATTR_MAX: usize = 64 << 10;
 /// Levels of directories copied; each takes three descriptors and some stack. Honest images have fewer than a hundred.
 const MAX_DEPTH: usize = 400;
 
@@ -71,7 +69,9 @@ impl Backend for Copy {
             // Hard links hold within a layer only, as in overlay.
             let mut linked = HashMap::new();
             merge(from.as_fd(), to.as_fd(), to.as_fd(), &mut linked, (Path::new(""), 0)).act("copy layer", path.display())?;
-            copy_root(path, &root)?;
+        }
+        if let Some(from) = super::root_of(layers) {
+            copy_root(from, &root)?;
         }
         Ok(RootFs {
             backend: self.name().to_owned(),
@@ -113,7 +113,11 @@ fn merge(from: BorrowedFd<'_>, to: BorrowedFd<'_>, root: BorrowedFd<'_>, linked:
             }
             let (from, to) = (open_dir(from, name)?, open_dir(to, name)?);
             merge(from.as_fd(), to.as_fd(), root, linked, (&below, depth + 1))?;
-            finish(from.as_fd(), to.as_fd(), &stat)?;
+            if stays {
+                metadata::replace(from.as_fd(), to.as_fd(), &stat)?
+            } else {
+                metadata::copy(from.as_fd(), to.as_fd(), &stat)?
+            }
             continue;
         }
         if stat.st_nlink > 1 {
@@ -135,7 +139,7 @@ fn one(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &std::ffi::CStr, stat: &S
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let target = rustix::fs::openat(to, name, flags, Mode::from_raw_mode(0o600))?;
             content(source.as_fd(), target.as_fd(), u64::try_from(stat.st_size).unwrap_or(0))?;
-            return finish(source.as_fd(), target.as_fd(), stat);
+            return metadata::copy(source.as_fd(), target.as_fd(), stat);
         }
         FileType::Symlink => {
             let target = rustix::fs::readlinkat(from, name, Vec::new())?;
@@ -146,10 +150,10 @@ fn one(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &std::ffi::CStr, stat: &S
     rustix::fs::chownat(to, name, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)), AtFlags::SYMLINK_NOFOLLOW)?;
     let path = |fd: BorrowedFd<'_>| [format!("/proc/self/fd/{}/", fd.as_raw_fd()).as_bytes(), name.to_bytes()].concat();
     let (source, target) = (path(from), path(to));
-    let mut names = vec![0u8; XATTR_MAX];
+    let mut names = vec![0u8; metadata::XATTR_MAX];
     let n = rustix::fs::llistxattr(source.as_slice(), names.as_mut_slice()).or_else(unsupported)?;
-    for key in names.get(..n).unwrap_or_default().split(|b| *b == 0).filter(|k| wanted(k)) {
-        let mut value = vec![0u8; XATTR_MAX];
+    for key in names.get(..n).unwrap_or_default().split(|b| *b == 0).filter(|k| metadata::is_own(k)) {
+        let mut value = vec![0u8; metadata::XATTR_MAX];
         let n = rustix::fs::lgetxattr(source.as_slice(), key, value.as_mut_slice())?;
         rustix::fs::lsetxattr(target.as_slice(), key, &value[..n], XattrFlags::empty())?;
     }
@@ -157,7 +161,7 @@ fn one(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &std::ffi::CStr, stat: &S
         // Made by us a moment ago in a directory that nobody else enters; chown may have cleared set-id bits.
         rustix::fs::chmodat(to, name, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())?;
     }
-    rustix::fs::utimensat(to, name, &times(stat), AtFlags::SYMLINK_NOFOLLOW)
+    rustix::fs::utimensat(to, name, &metadata::times(stat), AtFlags::SYMLINK_NOFOLLOW)
 }
 
 /// Shares extents where the file system can, else copies inside the kernel. Holes stay holes.
@@ -201,37 +205,13 @@ fn extent(from: BorrowedFd<'_>, to: BorrowedFd<'_>, mut at: u64, end: u64) -> ru
     Ok(())
 }
 
-/// Owner, attributes, mode, times: in the order in which none of them undoes another.
-fn finish(from: BorrowedFd<'_>, to: BorrowedFd<'_>, stat: &Stat) -> rustix::io::Result<()> {
-    rustix::fs::fchown(to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
-    let mut names = vec![0u8; XATTR_MAX];
-    let n = rustix::fs::flistxattr(from, names.as_mut_slice()).or_else(unsupported)?;
-    for key in names.get(..n).unwrap_or_default().split(|b| *b == 0).filter(|k| wanted(k)) {
-        let mut value = vec![0u8; XATTR_MAX];
-        let n = rustix::fs::fgetxattr(from, key, value.as_mut_slice())?;
-        rustix::fs::fsetxattr(to, key, &value[..n], XattrFlags::empty())?;
-    }
-    rustix::fs::fchmod(to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
-    rustix::fs::futimens(to, &times(stat))
-}
-
 fn unsupported(e: Errno) -> rustix::io::Result<usize> {
     if e == Errno::NOTSUP { Ok(0) } else { Err(e) }
-}
-
-/// Overlay's marks have done their work here.
-fn wanted(key: &[u8]) -> bool {
-    !key.is_empty() && !key.starts_with(b"trusted.overlay.")
 }
 
 fn is_opaque(dir: BorrowedFd<'_>) -> bool {
     let mut value = [0u8; 4];
     matches!(rustix::fs::fgetxattr(dir, OPAQUE, value.as_mut_slice()), Ok(1)) && value[0] == b'y'
-}
-
-fn times(stat: &Stat) -> Timestamps {
-    let time = |s, n: u64| Timespec { tv_sec: s, tv_nsec: i64::try_from(n).unwrap_or(0) };
-    Timestamps { last_access: time(stat.st_atime, stat.st_atime_nsec), last_modification: time(stat.st_mtime, stat.st_mtime_nsec) }
 }
 
 fn open_dir(at: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {

@@ -25,6 +25,13 @@ pub struct Layer<'a> {
     pub path: &'a Path,
     /// It may have whiteouts or opaque directories, in overlay's form.
     pub marks: bool,
+    /// Its root has metadata of its own: the archive listed it.
+    pub lists_root: bool,
+}
+
+/// The layer whose root is that of the union: the uppermost that says something of it.
+fn root_of<'a>(layers: &[Layer<'a>]) -> Option<&'a Path> {
+    layers.iter().rfind(|l| l.lists_root).or(layers.last()).map(|l| l.path)
 }
 
 /// One backend.

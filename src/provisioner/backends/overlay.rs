@@ -8,14 +8,14 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Gid, Mode, OFlags, Uid, XattrFlags};
+use rustix::fs::{Mode, OFlags, XattrFlags};
 
 use super::{Backend, Layer};
 use crate::disk::{layer, layout::Layout};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::image::{RootFs, RootMount};
-use crate::provisioner::remove;
 use crate::provisioner::unpack::tree::OPAQUE;
+use crate::provisioner::{metadata, remove};
 
 /// Lower directories that overlay takes.
 const MAX_LOWER: usize = 500;
@@ -57,9 +57,9 @@ impl Backend for Overlay {
         }
         std::fs::create_dir(&upper).act("create directory", upper.display())?;
         std::fs::create_dir(&work).act("create directory", work.display())?;
-        if let Some(top) = layers.last() {
+        if let Some(root) = super::root_of(layers) {
             // The upper directory's root is the container's `/`.
-            copy_root(top.path, &upper)?;
+            copy_root(root, &upper)?;
         }
         let mut lookup = vec![upper.clone()];
         lookup.extend(layers.iter().rev().map(|l| l.path.to_owned()));
@@ -72,14 +72,14 @@ impl Backend for Overlay {
     }
 }
 
-/// Gives the directory `to` owner and mode of the root of the layer `from`.
+/// Gives the directory `to` the metadata of the root of the layer `from`.
 pub fn copy_root(from: &Path, to: &Path) -> Result<()> {
     let root = layer::root(from).act("open layer", from.display())?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(&root, ".", flags, Mode::empty()).act("open layer", from.display())?;
+    let to_fd = rustix::fs::open(to, flags, Mode::empty()).act("open directory", to.display())?;
     let stat = rustix::fs::fstat(&root).act("stat", from.display())?;
-    if stat.st_uid != 0 || stat.st_gid != 0 {
-        rustix::fs::chown(to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid))).act("change owner of", to.display())?;
-    }
-    rustix::fs::chmod(to, Mode::from_raw_mode(stat.st_mode & 0o7777)).act("change mode of", to.display())
+    metadata::copy(root.as_fd(), to_fd.as_fd(), &stat).act("copy metadata to", to.display())
 }
 
 /// A name in staging for a probe.

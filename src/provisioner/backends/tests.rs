@@ -52,7 +52,7 @@ impl Place {
     fn tree(&self, backend: &dyn Backend, layers: &[PathBuf], classic: bool) -> BTreeMap<String, String> {
         let dir = self.layout.rootfs_all().join(format!("c-{}-{classic}-{}", backend.name(), layers[0].parent().unwrap().file_name().unwrap().display()));
         std::fs::create_dir(&dir).unwrap();
-        let stack: Vec<_> = layers.iter().map(|path| Layer { path, marks: false }).collect();
+        let stack: Vec<_> = layers.iter().map(|path| Layer { path, marks: false, lists_root: true }).collect();
         let rootfs = backend.provision(&dir, &stack).unwrap();
         assert_eq!(rootfs.backend, backend.name());
         assert!(rootfs.lookup.iter().all(|p| p.exists()));
@@ -218,7 +218,7 @@ fn takes_500_layers_in_any_form_both_ways() {
             }
         }
         let one = &place.layers(&archives[..1], "again", |_| Form::Directory)[0];
-        let many = vec![Layer { path: one, marks: false }; 501];
+        let many = vec![Layer { path: one, marks: false, lists_root: true }; 501];
         assert_eq!(overlay.provision(&place.layout.rootfs_all(), &many).unwrap_err().kind, Kind::Unimplemented);
     });
 }
@@ -232,7 +232,7 @@ fn bind_without_overlay_keeps_mesos_rules() {
         for form in [Form::Directory, Form::Erofs] {
             let layers = place.layers(&blobs, &format!("{form:?}"), |_| form);
             assert!(place.tree(&bind, &layers[..1], false).contains_key("a"));
-            let two: Vec<_> = layers.iter().map(|path| Layer { path, marks: false }).collect();
+            let two: Vec<_> = layers.iter().map(|path| Layer { path, marks: false, lists_root: true }).collect();
             let error = bind.provision(dir, &two).unwrap_err();
             assert!(error.kind == Kind::FailedPrecondition && error.to_string().contains("exactly one"), "{error}");
         }
@@ -253,7 +253,7 @@ fn copies_keep_holes() {
             let layers = place.layers(std::slice::from_ref(&blob), &format!("{form:?}"), |_| form);
             let to = place.layout.rootfs_all().join(format!("{form:?}"));
             std::fs::create_dir(&to).unwrap();
-            copy::Copy::fallback().provision(&to, &[Layer { path: &layers[0], marks: false }]).unwrap();
+            copy::Copy::fallback().provision(&to, &[Layer { path: &layers[0], marks: false, lists_root: true }]).unwrap();
             let big = std::fs::File::open(to.join("fs/big")).unwrap();
             let meta = big.metadata().unwrap();
             assert!(meta.len().to_string() == size && meta.blocks() * 512 < 1 << 20, "{form:?}: {} blocks", meta.blocks());

@@ -46,7 +46,8 @@ pub struct Finished {
     pub usage: FsUsage,
     /// The root directory hides everything below. Overlay does not look at this attribute on roots.
     pub opaque_root: bool,
-    /// Directories that the archive did not list: path relative to the root. They have default metadata.
+    /// Directories that the archive did not list: path relative to the root, which itself is the empty one. They have mode 0755
+    /// of root and the time of the first entry.
     pub implied: Vec<String>,
     /// It has whiteouts or opaque directories.
     pub marks: bool,

@@ -64,6 +64,8 @@ pub struct Tree {
     own_umask: bool,
     opaque_root: bool,
     marks: bool,
+    /// Of the first entry: what directories get that the archive does not list.
+    time: Option<(i64, u32)>,
     /// Of all names but directories, as long as nothing was replaced.
     content: Sum,
 }
@@ -94,6 +96,7 @@ impl Tree {
             own_umask,
             opaque_root: false,
             marks: false,
+            time: None,
             content: Sum::default(),
         })
     }
@@ -268,6 +271,7 @@ impl Sink for Tree {
     }
 
     fn directory(&mut self, Place { path, parent, name }: Place<'_>, entry: &Entry) -> Result<()> {
+        self.time.get_or_insert(entry.mtime);
         self.open_parent(parent)?;
         let mut was_whiteout = false;
         while let Err(e) = rustix::fs::mkdirat(self.at(), name, Mode::from_raw_mode(0o755)) {
@@ -288,6 +292,7 @@ impl Sink for Tree {
     }
 
     fn file(&mut self, Place { path, parent, name }: Place<'_>, entry: &Entry, data: &mut Data<'_>) -> Result<()> {
+        self.time.get_or_insert(entry.mtime);
         self.open_parent(parent)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = loop {
@@ -315,6 +320,7 @@ impl Sink for Tree {
     }
 
     fn symlink(&mut self, Place { path, parent, name }: Place<'_>, entry: &Entry) -> Result<()> {
+        self.time.get_or_insert(entry.mtime);
         self.open_parent(parent)?;
         while let Err(e) = rustix::fs::symlinkat(entry.link.as_slice(), self.at(), name) {
             if e != Errno::EXIST {
@@ -329,6 +335,7 @@ impl Sink for Tree {
     }
 
     fn node(&mut self, Place { path, parent, name }: Place<'_>, entry: &Entry) -> Result<()> {
+        self.time.get_or_insert(entry.mtime);
         self.open_parent(parent)?;
         self.marks |= entry.what == What::Char && entry.device == (0, 0);
         let kind = match entry.what {
@@ -424,11 +431,8 @@ impl Sink for Tree {
                 // Made a moment ago by us: 0755 whatever the umask, and no set-group-id bit from above.
                 None => {
                     rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).act("change mode of", show(&path))?;
-                    if let Ok(text) = String::from_utf8(path.clone())
-                        && !text.is_empty()
-                    {
-                        implied.push(text);
-                    }
+                    rustix::fs::futimens(&fd, &times(Some(self.time.unwrap_or_default()))).act("set times of", show(&path))?;
+                    implied.extend(String::from_utf8(path.clone()));
                 }
             }
             let stat = rustix::fs::fstat(&fd).act("stat", "directory")?;

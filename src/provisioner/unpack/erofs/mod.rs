@@ -66,7 +66,7 @@ impl Erofs {
         match &self.parent {
             Some((text, dir)) if text == path => Ok(*dir),
             _ => {
-                let dir = self.nodes.parents(path, self.time.unwrap_or_default())?;
+                let dir = self.nodes.parents(path)?;
                 self.parent = Some((path.to_vec(), dir));
                 Ok(dir)
             }
@@ -163,7 +163,7 @@ impl Erofs {
     // --- directories, when all names are known
 
     fn place(&mut self, dir: &Dir, size: u64, subdirs: u32, is_root: bool) -> Result<Placed> {
-        let default = Meta { mode: 0o755, uid: 0, gid: 0, mtime: dir.implied, xattrs: Vec::new() };
+        let default = Meta { mode: 0o755, uid: 0, gid: 0, mtime: self.time.unwrap_or_default(), xattrs: Vec::new() };
         let meta = dir.meta.as_deref().unwrap_or(&default);
         let xattrs = if dir.opaque { format::with_opaque(meta.xattrs.clone())? } else { meta.xattrs.clone() };
         let mut inode = Inode {
@@ -280,14 +280,14 @@ impl Sink for Erofs {
     }
 
     fn directory(&mut self, Place { parent, name, .. }: Place<'_>, entry: &Entry) -> Result<()> {
-        let time = self.time(entry);
+        self.time(entry);
         let above = self.parent(parent)?;
         let found = self.nodes.find(above, name).map(|(_, node)| node.what);
         if let Some(What::Directory(dir)) = found {
             return self.meta(dir, entry);
         }
         self.vacate(above, name);
-        let dir = self.nodes.make(above, name, time)?;
+        let dir = self.nodes.make(above, name)?;
         // Hidden and made anew by one layer: nothing of lower layers may shine through.
         self.nodes.dir(dir)?.opaque = found == Some(What::Whiteout);
         self.meta(dir, entry)
@@ -387,8 +387,7 @@ impl Sink for Erofs {
         let first = format::first_block(self.inodes, blocks, self.time.unwrap_or_default(), self.chunked, &root);
         let bytes = self.image.finish(&first)?;
         let mut implied: Vec<String> = Vec::new();
-        for (number, dir) in self.nodes.dirs.iter().enumerate().skip(1).filter(|(_, d)| d.live && d.meta.is_none()) {
-            debug_assert!(dir.live);
+        for (number, _) in self.nodes.dirs.iter().enumerate().filter(|(_, d)| d.live && d.meta.is_none()) {
             implied.extend(String::from_utf8(self.nodes.path(u32::try_from(number).unwrap_or(u32::MAX))));
         }
         implied.sort_unstable();

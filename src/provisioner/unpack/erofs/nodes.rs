@@ -82,8 +82,6 @@ pub struct Dir {
     pub opaque: bool,
     /// What the archive says of it; `None` when it only uses it.
     pub meta: Option<Box<Meta>>,
-    /// Time for a directory that is not listed: that of the entry that used it.
-    pub implied: (i64, u32),
 }
 
 /// The tree.
@@ -107,7 +105,7 @@ enum Miss {
 impl Nodes {
     /// A tree with a root.
     pub fn new() -> Self {
-        let root = Dir { parent: ROOT_DIR, node: NONE, first: NONE, live: true, opaque: false, meta: None, implied: (0, 0) };
+        let root = Dir { parent: ROOT_DIR, node: NONE, first: NONE, live: true, opaque: false, meta: None };
         Self { names: Vec::new(), nodes: Vec::new(), dirs: vec![root], index: HashTable::new(), hasher: RandomState::new(), xattrs: 0 }
     }
 
@@ -212,10 +210,10 @@ impl Nodes {
     ///
     /// # Errors
     /// As [`Nodes::enter`].
-    pub fn make(&mut self, parent: u32, name: &[u8], implied: (i64, u32)) -> Result<u32> {
+    pub fn make(&mut self, parent: u32, name: &[u8]) -> Result<u32> {
         let dir = u32::try_from(self.dirs.len()).map_err(|_| exhausted("too many directories"))?;
         let node = self.enter(parent, name, What::Directory(dir), 0)?;
-        self.dirs.push(Dir { parent, node, first: NONE, live: true, opaque: false, meta: None, implied });
+        self.dirs.push(Dir { parent, node, first: NONE, live: true, opaque: false, meta: None });
         Ok(dir)
     }
 
@@ -302,12 +300,12 @@ impl Nodes {
     ///
     /// # Errors
     /// `DataLoss` when a file is in the way or links go in circles, `ResourceExhausted` when the tree is too large.
-    pub fn parents(&mut self, path: &[u8], implied: (i64, u32)) -> Result<u32> {
+    pub fn parents(&mut self, path: &[u8]) -> Result<u32> {
         let mut links = 0;
-        self.make_parents(path, implied, &mut links)
+        self.make_parents(path, &mut links)
     }
 
-    fn make_parents(&mut self, path: &[u8], implied: (i64, u32), links: &mut usize) -> Result<u32> {
+    fn make_parents(&mut self, path: &[u8], links: &mut usize) -> Result<u32> {
         match self.walk(path) {
             Ok(dir) => return Ok(dir),
             Err(Miss::Loop) => return Err(bad("too many symbolic links")),
@@ -327,7 +325,7 @@ impl Nodes {
                 Err(Miss::Absent) => {}
             }
             above = match self.find(above, name) {
-                None => self.make(above, name, implied)?,
+                None => self.make(above, name)?,
                 // It dangles within this layer; the directory it names may come from a lower one.
                 Some((_, Node { what: What::Symlink { at, length }, .. })) => {
                     *links += 1;
@@ -336,12 +334,12 @@ impl Nodes {
                     }
                     let link = [&self.path(above), b"/".as_slice(), name].concat();
                     let target = follow(&link, self.target(at, length));
-                    self.make_parents(&target, implied, links)?;
+                    self.make_parents(&target, links)?;
                     self.existing(here)?
                 }
                 Some((node, Node { what: What::Whiteout, .. })) => {
                     self.remove(node, |_| ());
-                    let dir = self.make(above, name, implied)?;
+                    let dir = self.make(above, name)?;
                     self.dir(dir)?.opaque = true;
                     dir
                 }
