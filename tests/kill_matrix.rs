@@ -67,6 +67,23 @@ async fn life(node: &Node, name: &str, own_network: bool) -> Result<(), tonic::S
     Ok(())
 }
 
+/// A layer rots and is fetched again, as far as the daemon lives.
+async fn mend(node: &Node) -> Result<(), tonic::Status> {
+    let image = api::ImageSpec { image: common::BUSYBOX.to_owned(), ..Default::default() };
+    node.images().pull_image(api::PullImageRequest { image: Some(image.clone()), ..Default::default() }).await?;
+    let layers = node.root().join("store/layers");
+    for layer in common::entries(&layers) {
+        std::fs::write(layers.join(layer).join("fs/etc/passwd"), "rot").unwrap();
+    }
+    let socket = node.socket();
+    let scrub = std::process::Command::new(env!("CARGO_BIN_EXE_mesocri")).args(["store", "scrub", "--repair", "--address"]).arg(&socket).output().unwrap();
+    if !scrub.status.success() {
+        return Err(tonic::Status::unavailable(String::from_utf8_lossy(&scrub.stderr)));
+    }
+    node.images().remove_image(api::RemoveImageRequest { image: Some(image) }).await?;
+    Ok(())
+}
+
 /// What must hold after any crash, on a freshly started daemon; then everything is removed and nothing may be left.
 async fn settle(node: &Node, what: &str, before: &host::Snapshot) {
     for pod in node.pods().await {
@@ -89,7 +106,7 @@ async fn settle(node: &Node, what: &str, before: &host::Snapshot) {
     let left = before.difference(&host::Snapshot::take(&node.cgroup));
     let left: Vec<_> = left.into_iter().filter(|l| !l.starts_with("process") || !l.contains("mesocri daemon")).collect();
     assert!(left.is_empty(), "{what}: left behind: {left:#?}\n{}", node.daemon_log());
-    for dir in ["root/pods", "root/store/rootfs", "root/store/staging", "root/store/layers", "state/pods", "state/shims"] {
+    for dir in ["root/pods", "root/store/rootfs", "root/store/staging", "root/store/layers", "root/store/damaged", "state/pods", "state/shims"] {
         let names = common::entries(&node.dir.path().join(dir));
         assert!(names.is_empty(), "{what}: left in {dir}: {names:?}\n{}", node.daemon_log());
     }
@@ -114,14 +131,13 @@ async fn every_fail_point_is_survived() {
     for point in &points {
         node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
         let died = wait_ready_or_dead(&mut node);
-        let outcome = life(&node, "victim", true).await;
+        let outcome = if point.starts_with("scrub.") { mend(&node).await } else { life(&node, "victim", true).await };
         if died {
             passed.insert(point.clone());
         } else if let Err(e) = outcome {
             host::wait_until(&format!("the daemon has died at {point} (the call said {e})"), || node.daemon_died());
             passed.insert(point.clone());
         } else {
-            // A step of a path that this life does not take (failed undo, recovery): armed again below.
             node.kill_daemon();
         }
         // Recovery itself may die at the same point, then recover.
@@ -133,8 +149,7 @@ async fn every_fail_point_is_survived() {
         node.kill_daemon();
     }
     let missed: Vec<_> = points.difference(&passed).collect();
-    println!("{} fail points hit, not on this path: {missed:?}", passed.len());
-    assert!(passed.len() * 10 >= points.len() * 7, "most fail points lie on the path of a life; not hit: {missed:?}");
+    assert!(missed.is_empty(), "nothing here passes these fail points, so nobody knows what a crash at them does: {missed:?}");
     node.finish();
 }
 

@@ -224,7 +224,8 @@ impl Images {
             let mut loser = (*loser).clone();
             loser.repo_tags.retain(|t| !image.repo_tags.contains(t));
             loser.pinned = pinned(&loser);
-            record::write(&self.layout.image(&loser.id), &loser, Durability::Atomic)?;
+            // Synced, as the first: not every file system writes data out before a rename, and this image was acknowledged long ago.
+            record::write(&self.layout.image(&loser.id), &loser, Durability::Synced)?;
             // Losing a name is no use.
             if let Some(used) = used {
                 self.stamp_file(&loser.id, used);

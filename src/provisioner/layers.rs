@@ -112,6 +112,8 @@ struct State {
     staging: HashSet<String>,
     /// Layers that are no longer known and are about to be moved away.
     dying: HashSet<Digest>,
+    /// Commits that have moved layers in and not synced that yet.
+    unsynced: usize,
     /// Damaged layers that were replaced and are kept for those who use them.
     replaced: Vec<Replaced>,
     flights: HashMap<Digest, Weak<Flight>>,
@@ -243,10 +245,13 @@ impl Layers {
     /// # Errors
     /// I/O failures; then none, some or all may be in the store, each whole.
     pub fn commit(&self, staged: &[Arc<Staged>]) -> Result<()> {
-        if staged.is_empty() {
-            return Ok(());
-        }
         let layout = &self.shared.layout;
+        if staged.is_empty() {
+            // Layers that were found, not brought: another commit may have moved them in a moment ago, and an image that is
+            // acknowledged before that is durable would lose them. Journals keep the order; btrfs logs each directory alone.
+            let found_unsynced = self.shared.lock().unsynced > 0;
+            return if found_unsynced { record::sync_dir(&layout.layers()) } else { Ok(()) };
+        }
         let dir = std::fs::File::open(layout.staging()).act("open", layout.staging().display())?;
         rustix::fs::syncfs(&dir).act("sync file system of", layout.staging().display())?;
         crate::stdx::failpoint::hit("pull.layers-synced");
@@ -257,6 +262,7 @@ impl Layers {
             while staged.iter().any(|s| state.dying.contains(&s.record.diff_id)) {
                 state = self.shared.buried.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
+            state.unsynced += 1;
             for layer in staged {
                 let id = &layer.record.diff_id;
                 let target = layout.layer(id);
@@ -285,7 +291,10 @@ impl Layers {
             // Of a shared layer that someone else moved in, nothing is left here.
             remove::tree(&layer.dir)?;
         }
-        record::sync_dir(&layout.layers())
+        record::sync_dir(&layout.layers())?;
+        // Where this is not reached, every commit to come syncs: that costs time, not images.
+        self.shared.lock().unsynced -= 1;
+        Ok(())
     }
 
     /// Drops every layer that is neither in `roots` nor held, of those in `only` if given. `roots` is called under the

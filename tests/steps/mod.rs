@@ -53,6 +53,11 @@ fn files_of(layer: usize) -> Vec<(String, String)> {
 
 fn pack(members: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
+    add_files(&mut builder, members);
+    builder.into_inner().unwrap()
+}
+
+fn add_files(builder: &mut tar::Builder<Vec<u8>>, members: &[(String, Vec<u8>)]) {
     for (name, data) in members {
         let mut header = tar::Header::new_gnu();
         header.set_size(data.len() as u64);
@@ -60,11 +65,37 @@ fn pack(members: &[(String, Vec<u8>)]) -> Vec<u8> {
         header.set_cksum();
         builder.append_data(&mut header, name, data.as_slice()).unwrap();
     }
-    builder.into_inner().unwrap()
 }
 
+/// The archive of a layer: its files, and one of each kind besides.
 fn layer(n: usize) -> Vec<u8> {
-    pack(&files_of(n).into_iter().map(|(name, text)| (name, text.into_bytes())).collect::<Vec<_>>())
+    let mut builder = tar::Builder::new(Vec::new());
+    // Listed, so that its time is that of the archive.
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(tar::EntryType::Directory);
+    header.set_size(0);
+    header.set_mode(0o755);
+    header.set_mtime(2_000_000 + n as u64);
+    builder.append_data(&mut header, format!("l{n}/"), std::io::empty()).unwrap();
+    add_files(&mut builder, &files_of(n).into_iter().map(|(name, text)| (name, text.into_bytes())).collect::<Vec<_>>());
+    let mut add = |kind: tar::EntryType, name: &str, mode: u32, target: Option<&str>| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(0);
+        header.set_mode(mode);
+        header.set_mtime(1_000_000 + n as u64);
+        match target {
+            Some(target) => builder.append_link(&mut header, name, target).unwrap(),
+            None => builder.append_data(&mut header, name, std::io::empty()).unwrap(),
+        }
+    };
+    add(tar::EntryType::Directory, &format!("l{n}/empty/"), 0o711, None);
+    add(tar::EntryType::Symlink, &format!("l{n}/link"), 0o777, Some("f0"));
+    add(tar::EntryType::Link, &format!("l{n}/same"), 0o644, Some(&format!("l{n}/f0")));
+    if n == 10 {
+        add_files(&mut builder, &[(format!("l{n}/large"), (0..400_000u32).flat_map(u32::to_le_bytes).collect())]);
+    }
+    builder.into_inner().unwrap()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -84,14 +115,7 @@ impl Registry {
         let mut served: HashMap<String, (&'static str, Vec<u8>)> = HashMap::new();
         for (n, image) in this.images.iter().enumerate() {
             let document = config(n, &image.diff_ids);
-            let mut members: Vec<(String, Vec<u8>)> = image.layers.iter().map(|l| (format!("{l}.tar"), blobs[*l].clone())).collect();
-            let names: Vec<String> = members.iter().map(|(name, _)| name.clone()).collect();
-            members.push(("config.json".into(), document.clone().into_bytes()));
-            members.push((
-                "manifest.json".into(),
-                json!([{"Config": "config.json", "RepoTags": [this.reference(n).to_string()], "Layers": names}]).to_string().into_bytes(),
-            ));
-            std::fs::write(this.archive(n), pack(&members)).unwrap();
+            std::fs::write(this.archive(n), this.archived(n, &this.reference(n).to_string())).unwrap();
             let descriptor = |bytes: &[u8]| json!({"mediaType": "application/octet-stream", "digest": sha256(bytes), "size": bytes.len()});
             let layers: Vec<_> = image.layers.iter().map(|l| descriptor(&blobs[*l])).collect();
             let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor(document.as_bytes()), "layers": layers}).to_string();
@@ -147,6 +171,23 @@ impl Registry {
     /// A `docker save` archive of it.
     pub fn archive(&self, image: usize) -> PathBuf {
         self.dir.join(format!("i{image}.tar"))
+    }
+
+    /// The same with another name in it.
+    pub fn archive_as(&self, image: usize, name: &str) -> PathBuf {
+        let path = self.dir.join(format!("i{image}-as-{}.tar", name.replace(['/', ':'], "-")));
+        std::fs::write(&path, self.archived(image, name)).unwrap();
+        path
+    }
+
+    fn archived(&self, image: usize, name: &str) -> Vec<u8> {
+        let Image { layers, diff_ids, .. } = &self.images[image];
+        let mut members: Vec<(String, Vec<u8>)> = layers.iter().map(|l| (format!("{l}.tar"), layer(*l))).collect();
+        let names: Vec<String> = members.iter().map(|(name, _)| name.clone()).collect();
+        members.push(("config.json".into(), config(image, diff_ids).into_bytes()));
+        let manifest = json!([{"Config": "config.json", "RepoTags": [name], "Layers": names}]);
+        members.push(("manifest.json".into(), manifest.to_string().into_bytes()));
+        pack(&members)
     }
 
     /// Diff ids of its layers.
