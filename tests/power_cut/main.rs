@@ -244,7 +244,8 @@ impl Bench {
             ensure(names(&dir).is_empty(), || format!("left in {}: {:?}", dir.display(), names(&dir)))?;
         }
         // What a container held is not promised; records of images and layers are never half written.
-        let lost: Vec<String> = names(&layout.quarantine()).into_iter().filter(|n| !n.split('-').nth(1).is_some_and(|n| n.starts_with('c') && n.len() < 12)).collect();
+        let lost: Vec<String> =
+            names(&layout.quarantine()).into_iter().filter(|n| !n.split('-').nth(1).is_some_and(|n| n.starts_with('c') && n.len() < 12)).collect();
         ensure(lost.is_empty(), || format!("quarantined: {lost:?}"))?;
         let scrub = store.scrub(Scrub::default()).await.map_err(|e| e.to_string())?;
         ensure(scrub.damaged.is_empty() && scrub.unverifiable.is_empty() && scrub.checked == expected.len(), || format!("{scrub:?}"))?;

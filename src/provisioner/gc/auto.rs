@@ -220,7 +220,9 @@ impl Inner {
             tracing::warn!(free_bytes = plan.frees.bytes, "collecting all unused images will not reach the low mark; `mesocri df` tells what fills the disk");
         }
         let outcome = self.execute(&plan, super::Mode::Idle, plan.made)?;
-        tracing::info!(filled = fill.part(), steps = outcome.steps, bytes = outcome.freed.bytes, inodes = outcome.freed.inodes, "collected images");
+        if outcome.steps > 0 {
+            tracing::info!(filled = fill.part(), steps = outcome.steps, bytes = outcome.freed.bytes, inodes = outcome.freed.inodes, "collected images");
+        }
         Ok(Some(outcome))
     }
 }
