@@ -272,7 +272,7 @@ async fn past_the_high_mark_the_least_recently_used_go_until_the_low_one() {
     bench.pull(1).await;
     assert_eq!(bench.images().await.len(), order.len());
     let mark = size * 60 / 100;
-    let filled = || rustix::fs::statvfs(&bench.node.root()).map(|s| (s.f_blocks - s.f_bfree) * s.f_frsize).unwrap();
+    let filled = || rustix::fs::statvfs(bench.node.root()).map(|s| (s.f_blocks - s.f_bfree) * s.f_frsize).unwrap();
     let ballast = mark + 8192 - filled();
     std::fs::write(bench.node.root().join("ballast"), vec![1; usize::try_from(ballast).unwrap()]).unwrap();
     assert!(filled() > mark);
