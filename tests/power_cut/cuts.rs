@@ -55,7 +55,8 @@ pub fn choose(log: &[Entry], from: usize, promised: &[usize], count: usize, rand
     }
     let fate = |n: usize| [Fate::Lost, Fate::Kept, Fate::Dropped, Fate::Torn, Fate::Reordered][n];
     // Nothing but what was flushed: the least that a promise may rest on.
-    let mut cuts: Vec<Cut> = thin(promised.to_vec(), count / 3, random).into_iter().map(|at| Cut { at, fate: Fate::Lost }).collect();
+    let mut cuts: Vec<Cut> =
+        thin(promised.iter().copied().filter(|at| *at >= from).collect(), count / 3, random).into_iter().map(|at| Cut { at, fate: Fate::Lost }).collect();
     // Just before a flush is where most is at stake, just after it where most is durable.
     let flushes: Vec<usize> = (from..log.len()).filter(|n| matches!(log[*n], Entry::Flush)).flat_map(|n| [n, n + 1]).collect();
     cuts.extend(thin(flushes, count / 3, random).into_iter().map(|at| Cut { at, fate: fate(random.below(5)) }));
