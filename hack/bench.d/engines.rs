@@ -29,7 +29,8 @@ pub struct Bench {
     pub node: Node,
     /// In the order of columns.
     pub engines: Vec<Engine>,
-    store: PathBuf,
+    /// Where the engines keep what must last: a file system of its own.
+    pub store: PathBuf,
 }
 
 impl Bench {

@@ -9,36 +9,88 @@ use sha2::{Digest, Sha256};
 
 use crate::common::{REGISTRY, host};
 use crate::engines::Bench;
+use crate::pulls::Names;
 
-/// A generated image: how many layers, files in each, bytes of a file.
-struct Shape {
-    name: &'static str,
+/// A generated image.
+pub struct Shape {
+    /// Rows of the table.
+    pub rows: Names,
     layers: usize,
     files: usize,
     bytes: usize,
     zstd: bool,
+    /// Part of every run.
+    small: bool,
 }
 
-const SMALL: &str = "cold pull, 1 MB, one layer";
-const WIDE: &str = "cold pull, 230 MB, 30 layers, 59,000 files";
-const DEEP: &str = "cold pull, 640 MB gzip, 3 layers, 55,000 files";
-const DEEP_ZSTD: &str = "the same as zstd";
-
-const SHAPES: &[Shape] = &[
-    Shape { name: SMALL, layers: 1, files: 10, bytes: 100_000, zstd: false },
-    Shape { name: WIDE, layers: 30, files: 1_966, bytes: 3_900, zstd: false },
-    Shape { name: DEEP, layers: 3, files: 18_333, bytes: 22_000, zstd: false },
-    Shape { name: DEEP_ZSTD, layers: 3, files: 18_333, bytes: 22_000, zstd: true },
+/// All generated images.
+pub const SHAPES: &[Shape] = &[
+    Shape {
+        rows: Names {
+            time: "cold pull, 1 MB, one layer",
+            written: "– its bytes written",
+            memory: "– the daemon's peak",
+            disk: "– disk used afterwards",
+            together: None,
+        },
+        layers: 1,
+        files: 10,
+        bytes: 100_000,
+        zstd: false,
+        small: true,
+    },
+    Shape {
+        rows: Names {
+            time: "cold pull, 230 MB, 30 layers, 59,000 files",
+            written: "– 30 layers, bytes written",
+            memory: "– 30 layers, the daemon's peak",
+            disk: "– 30 layers, disk used afterwards",
+            together: Some("– 30 layers, 20 callers at once"),
+        },
+        layers: 30,
+        files: 1_966,
+        bytes: 3_900,
+        zstd: false,
+        small: false,
+    },
+    Shape {
+        rows: Names {
+            time: "cold pull, 1.2 GB (640 MB gzip), 3 layers, 55,000 files",
+            written: "– gzip, bytes written",
+            memory: "– gzip, the daemon's peak",
+            disk: "– gzip, disk used afterwards",
+            together: None,
+        },
+        layers: 3,
+        files: 18_333,
+        bytes: 22_000,
+        zstd: false,
+        small: false,
+    },
+    Shape {
+        rows: Names {
+            time: "the same as zstd",
+            written: "– zstd, bytes written",
+            memory: "– zstd, the daemon's peak",
+            disk: "– zstd, disk used afterwards",
+            together: None,
+        },
+        layers: 3,
+        files: 18_333,
+        bytes: 22_000,
+        zstd: true,
+        small: false,
+    },
 ];
 
-/// Row names of the cold pulls that are measured.
-pub fn pull_rows(all: bool) -> Vec<&'static str> {
-    SHAPES.iter().map(|s| s.name).filter(|n| all || *n == SMALL).collect()
+/// Images that are measured.
+pub fn shapes(all: bool) -> impl Iterator<Item = &'static Shape> {
+    SHAPES.iter().filter(move |s| all || s.small)
 }
 
-/// Reference of a cold pull's image.
-pub fn reference(row: &str) -> String {
-    let index = SHAPES.iter().position(|s| s.name == row).unwrap();
+/// Reference of an image.
+pub fn reference(shape: &Shape) -> String {
+    let index = SHAPES.iter().position(|s| s.rows.time == shape.rows.time).unwrap();
     format!("{REGISTRY}/bench/pull{index}:x")
 }
 
@@ -48,7 +100,7 @@ pub fn push(bench: &Bench, all: bool) {
     let init = std::fs::read(dist.join("mesocri-init")).expect("hack/dev build was run");
     let layer = layer_of([("pause".to_owned(), 0o755, init)]);
     push_image(bench, "library/pause:bench", &[layer], &["/pause", "pause"], false);
-    for (index, shape) in SHAPES.iter().enumerate().filter(|(_, s)| all || s.name == SMALL) {
+    for (index, shape) in SHAPES.iter().enumerate().filter(|(_, s)| all || s.small) {
         let mut random = 0x1234_5678_9abc_def1 ^ index as u64;
         let layers: Vec<Vec<u8>> = (0..shape.layers)
             .map(|l| layer_of((0..shape.files).map(|f| (format!("layer{l}/dir{}/file{f}", f / 200), 0o644, content(&mut random, shape.bytes)))))

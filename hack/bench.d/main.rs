@@ -1,7 +1,7 @@
 //! `hack/dev bench`: the rows of the design's budget table for mesocri and for Debian's containerd (with runc and with crun) in
 //! the same run, alternating, one table with ratios, JSON beside it. Medians; the ratio is what counts.
 //!
-//! `pull` as an argument adds the large cold pulls; `--json FILE` says where the JSON goes; `--rounds N` how often each row is taken.
+//! `pull` as an argument adds the large cold pulls, `pull-only` leaves the rest away; `--json FILE` says where the JSON goes; `--rounds N` how often each row is taken.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a measurement that fails must stop
 
@@ -9,6 +9,7 @@
 mod common;
 mod engines;
 mod images;
+mod pulls;
 mod rows;
 
 use std::collections::BTreeMap;
@@ -27,31 +28,35 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let value = |name: &str| arguments.iter().position(|a| a == name).and_then(|i| arguments.get(i + 1)).cloned();
     let rounds: usize = value("--rounds").map_or(10, |n| n.parse().expect("--rounds takes a number"));
-    let pulls = arguments.iter().any(|a| a == "pull");
+    let only_pulls = arguments.iter().any(|a| a == "pull-only");
+    let large = only_pulls || arguments.iter().any(|a| a == "pull");
     let only = value("--engine");
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
         let mut samples = Samples::new();
         let mut bench = engines::Bench::start(only.as_deref()).await;
-        images::push(&bench, pulls);
+        images::push(&bench, large);
         for engine in &mut bench.engines {
             engine.start().await;
             rows::warm_up(engine).await;
         }
         // Alternating: what the machine does besides hits all engines alike.
-        for round in 0..rounds {
+        for round in 0..if only_pulls { 0 } else { rounds } {
             for engine in &bench.engines {
                 rows::single_pod(engine, round, &mut samples).await;
             }
         }
-        for engine in &bench.engines {
+        for engine in bench.engines.iter().filter(|_| !only_pulls) {
             rows::idle(engine, &mut samples).await;
             rows::many_pods(engine, &mut samples).await;
         }
-        for name in images::pull_rows(pulls) {
+        for shape in images::shapes(large) {
             for _ in 0..3 {
                 for engine in &bench.engines {
-                    rows::cold_pull(engine, name, &mut samples).await;
+                    pulls::cold(&bench, engine, shape, &mut samples).await;
                 }
+            }
+            for engine in &bench.engines {
+                pulls::together(&bench, engine, shape, &mut samples).await;
             }
         }
         let names: Vec<String> = bench.engines.iter().map(|e: &Engine| e.name.clone()).collect();
