@@ -44,9 +44,14 @@ pub fn hugetlb_as_v1() {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
+    // What is mounted on a shared mount cannot be moved away from it.
     mount(Some("tmpfs"), scratch.path(), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(none, scratch.path(), none, MsFlags::MS_PRIVATE, none).unwrap();
+    let made = scratch.path().join("tree");
+    std::fs::create_dir(&made).unwrap();
+    mount(Some("tmpfs"), &made, Some("tmpfs"), MsFlags::empty(), none).unwrap();
     for entry in std::fs::read_dir(tree).unwrap().flatten().filter(|e| e.file_name() != "hugetlb") {
-        let target = scratch.path().join(entry.file_name());
+        let target = made.join(entry.file_name());
         match std::fs::read_link(entry.path()) {
             Ok(link) => std::os::unix::fs::symlink(link, target).unwrap(),
             Err(_) => {
@@ -55,10 +60,11 @@ pub fn hugetlb_as_v1() {
             }
         }
     }
-    let hugetlb = scratch.path().join("hugetlb");
+    let hugetlb = made.join("hugetlb");
     std::fs::create_dir(&hugetlb).unwrap();
     let _ = mount(Some("cgroup"), &hugetlb, Some("cgroup"), MsFlags::empty(), Some("hugetlb"));
-    mount(Some(scratch.path()), tree, none, MsFlags::MS_MOVE, none).unwrap();
+    mount(Some(&made), tree, none, MsFlags::MS_MOVE, none).unwrap();
+    nix::mount::umount(scratch.path()).unwrap();
 }
 
 /// Runs a program to its end; it must succeed. Returns its standard output.
