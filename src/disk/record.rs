@@ -36,8 +36,15 @@ struct Envelope<T> {
 /// # Errors
 /// I/O errors with the act and the path.
 pub fn write<T: Serialize>(path: &Path, record: &T, durability: Durability) -> Result<()> {
-    let bytes = serde_json::to_vec(&Envelope { version: VERSION, record }).act("encode record", path.display())?;
-    write_bytes(path, &bytes, durability)
+    write_bytes(path, &encode(record).act("encode record", path.display())?, durability)
+}
+
+/// The bytes that [`write`] writes.
+///
+/// # Errors
+/// Those of JSON.
+pub fn encode<T: Serialize>(record: &T) -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(&Envelope { version: VERSION, record })
 }
 
 /// Atomically replaces the file at `path` with `bytes`, mode 0600.

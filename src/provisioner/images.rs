@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::layers::Draft;
 use crate::disk::layout::Layout;
 use crate::disk::record::{self, Durability};
 use crate::model::error::{Act, Error, Kind, Result};
@@ -200,21 +201,38 @@ impl Images {
     ///
     /// # Errors
     /// I/O failures; then nothing has changed.
-    pub fn add(&self, mut image: Image, pinned: impl Fn(&Image) -> bool) -> Result<Arc<Image>> {
+    pub fn add(&self, image: Image, pinned: impl Fn(&Image) -> bool) -> Result<Arc<Image>> {
+        self.add_drafted(image, None, pinned)
+    }
+
+    /// What the record of this image will be, unless its names change meanwhile.
+    ///
+    /// # Errors
+    /// Those of encoding it.
+    pub fn encode(&self, image: &Image, pinned: impl Fn(&Image) -> bool) -> Result<Vec<u8>> {
+        let present = self.read().images.get(hex(&image.id)).cloned();
+        record::encode(&merged(image.clone(), present.as_deref(), pinned)).act("encode image", &image.id)
+    }
+
+    /// As [`Images::add`], with a record that is durable already under another name; taken if it says what must be said.
+    ///
+    /// # Errors
+    /// As [`Images::add`].
+    pub fn add_drafted(&self, image: Image, draft: Option<Draft>, pinned: impl Fn(&Image) -> bool) -> Result<Arc<Image>> {
         let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let (present, losers) = {
             let maps = self.read();
             let losers: Vec<Arc<Image>> = image.repo_tags.iter().filter_map(|t| maps.named(t)).filter(|i| i.id != image.id).collect();
             (maps.images.get(hex(&image.id)).cloned(), losers)
         };
-        if let Some(present) = &present {
-            merge(&mut image.repo_tags, &present.repo_tags);
-            merge(&mut image.repo_digests, &present.repo_digests);
-        }
-        image.pinned = pinned(&image);
-        let image = Arc::new(image);
+        let image = Arc::new(merged(image, present.as_deref(), &pinned));
         if present.as_ref() != Some(&image) {
-            record::write(&self.layout.image(&image.id), &*image, Durability::Synced)?;
+            let path = self.layout.image(&image.id);
+            let bytes = record::encode(&*image).act("encode image", &image.id)?;
+            match draft.filter(|d| d.says(&bytes)) {
+                Some(draft) => draft.put(&path)?,
+                None => record::write_bytes(&path, &bytes, Durability::Synced)?,
+            }
         }
         crate::stdx::failpoint::hit("pull.committed");
         // After the new record: a crash between the two leaves the tag on both, and loading gives it to one of them.
@@ -282,6 +300,16 @@ impl Images {
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Maps> {
         self.maps.read().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The image with the names that it has already.
+fn merged(mut image: Image, present: Option<&Image>, pinned: impl Fn(&Image) -> bool) -> Image {
+    if let Some(present) = present {
+        merge(&mut image.repo_tags, &present.repo_tags);
+        merge(&mut image.repo_digests, &present.repo_digests);
+    }
+    image.pinned = pinned(&image);
+    image
 }
 
 fn merge(into: &mut Vec<String>, from: &[String]) {

@@ -417,13 +417,18 @@ pub(super) async fn commit(inner: &Arc<Inner>, mut image: Image, flights: Vec<Ar
         let _hold = hold;
         failpoint::hit("pull.unpacked");
         let staged: Vec<Arc<Staged>> = flights.iter().filter_map(|f| f.get().cloned()).collect();
+        let mut bytes: HashMap<&Digest, u64> = staged.iter().map(|s| (&s.record.diff_id, s.record.bytes)).collect();
+        for id in image.layers.iter().map(|l| &l.diff_id) {
+            let record = inner.layers.get(id).map(|r| r.bytes).or(bytes.get(id).copied());
+            bytes.insert(id, record.ok_or_else(|| Error::internal(format!("commit image: layer {id} vanished")))?);
+        }
+        // An image of empty layers still is something: its record takes a block.
+        image.size = image.layers.iter().map(|l| &l.diff_id).collect::<HashSet<_>>().iter().filter_map(|id| bytes.get(*id)).sum::<u64>().max(1);
+        // Written before the layers' sync, which makes it durable along with them; without layers nothing would.
+        let draft = if staged.is_empty() { None } else { Some(inner.layers.draft(inner.images.encode(&image, |i| inner.is_pinned(i))?)?) };
         inner.layers.commit(&staged)?;
         failpoint::hit("pull.layers-in");
-        let distinct: HashSet<&Digest> = image.layers.iter().map(|l| &l.diff_id).collect();
-        let records = distinct.into_iter().map(|d| inner.layers.get(d).ok_or_else(|| Error::internal(format!("commit image: layer {d} vanished"))));
-        // An image of empty layers still is something: its record takes a block.
-        image.size = records.map(|r| r.map(|r| r.bytes)).sum::<Result<u64>>()?.max(1);
-        let image = inner.images.add(image, |i| inner.is_pinned(i))?;
+        let image = inner.images.add_drafted(image, draft, |i| inner.is_pinned(i))?;
         let made: Vec<Digest> = staged.iter().map(|s| s.record.diff_id.clone()).collect();
         drop((staged, flights));
         inner.recount_later(made);
