@@ -8,14 +8,14 @@
 //! per-file syncing would need descriptors for.
 //!
 //! The same call makes the image's record durable, which waits in staging as a [`Draft`] and is renamed in last: three waits for the
-//! disk in all. And it does not find everything still to be written: a long pull syncs every [`WRITE_BEHIND`] bytes while it goes on.
+//! disk in all, whatever the image. Syncing behind the running work as well (every 48 MiB) was tried and gained nothing: 6.3 s against
+//! 5.9 s for 430 MB in 36,000 files on two processors.
 
 mod damage;
 mod draft;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -34,11 +34,6 @@ use crate::model::image::FsUsage;
 
 /// Name of the record in a layer's directory.
 const RECORD: &str = "layer.json";
-/// Compressed bytes after which what was unpacked so far is written out behind the running work: at two to three times that unpacked, what
-/// is left for the end takes some tenths of a second.
-const WRITE_BEHIND: u64 = 48 << 20;
-/// Stack of the thread that does so; it makes two system calls.
-const SYNC_STACK: usize = 256 << 10;
 /// Name of the files in a layer's directory, by the form in which they are kept.
 const fn files_name(form: Form) -> &'static str {
     match form {
@@ -113,9 +108,6 @@ struct Shared {
     state: Mutex<State>,
     /// Rung when dying layers are out of the way.
     buried: Condvar,
-    /// Bytes that arrived since the last sync, and whether one runs behind the work.
-    arrived: AtomicU64,
-    writing: AtomicBool,
 }
 
 #[derive(Default)]
@@ -171,15 +163,7 @@ impl Layers {
             }
         }
         let state = Mutex::new(State { known, replaced: damage::list(layout)?, ..State::default() });
-        let shared = Shared {
-            layout: layout.clone(),
-            form: OnceLock::new(),
-            state,
-            buried: Condvar::new(),
-            arrived: AtomicU64::new(0),
-            writing: AtomicBool::new(false),
-        };
-        let this = Self { shared: Arc::new(shared) };
+        let this = Self { shared: Arc::new(Shared { layout: layout.clone(), form: OnceLock::new(), state, buried: Condvar::new() }) };
         this.sweep_staging()?;
         Ok(this)
     }
@@ -246,19 +230,14 @@ impl Layers {
         }
     }
 
-    fn fill(&self, dir: &std::path::Path, mut source: Source<'_>, expected: &Expected, limits: Limits) -> Result<LayerRecord> {
+    fn fill(&self, dir: &std::path::Path, source: Source<'_>, expected: &Expected, limits: Limits) -> Result<LayerRecord> {
         let form = self.shared.form.get().copied().unwrap_or_default();
         let root = dir.join(files_name(form));
         make_private(dir)?;
         if form == Form::Directory {
             std::fs::create_dir(&root).act("create directory", root.display())?;
         }
-        let counted: Source<'_> = Box::new(move || {
-            let piece = source()?;
-            self.shared.write_behind(piece.as_ref().map_or(0, |p| p.len() as u64));
-            Ok(piece)
-        });
-        let unpacked = unpack(counted, &root, form, expected, limits)?;
+        let unpacked = unpack(source, &root, form, expected, limits)?;
         let content = Some(damage::content_of(&unpacked, &root)?);
         let Unpacked { diff_id, tree, .. } = unpacked;
         let FsUsage { bytes, inodes } = tree.usage;
@@ -279,7 +258,8 @@ impl Layers {
             let found_unsynced = self.shared.lock().unsynced > 0;
             return if found_unsynced { record::sync_dir(&layout.layers()) } else { Ok(()) };
         }
-        self.shared.sync()?;
+        let dir = std::fs::File::open(layout.staging()).act("open", layout.staging().display())?;
+        rustix::fs::syncfs(&dir).act("sync file system of", layout.staging().display())?;
         crate::stdx::failpoint::hit("pull.layers-synced");
         let mut spare = Vec::new();
         {
@@ -452,31 +432,6 @@ impl Layers {
 }
 
 impl Shared {
-    /// Everything on the store's file system becomes durable.
-    fn sync(&self) -> Result<()> {
-        self.arrived.store(0, Ordering::Relaxed);
-        let dir = std::fs::File::open(self.layout.staging()).act("open", self.layout.staging().display())?;
-        rustix::fs::syncfs(&dir).act("sync file system of", self.layout.staging().display())
-    }
-
-    /// Counts what arrives, and from time to time starts writing out what came of it.
-    fn write_behind(self: &Arc<Self>, bytes: u64) {
-        if self.arrived.fetch_add(bytes, Ordering::Relaxed) + bytes < WRITE_BEHIND || self.writing.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let shared = self.clone();
-        let behind = move || {
-            // No promise rests on this one: the commit syncs again and reports.
-            if let Err(e) = shared.sync() {
-                tracing::debug!(error = %e, "write out behind a pull");
-            }
-            shared.writing.store(false, Ordering::Release);
-        };
-        if std::thread::Builder::new().name("store-write".to_owned()).stack_size(SYNC_STACK).spawn(behind).is_err() {
-            self.writing.store(false, Ordering::Release);
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing in a critical section leaves the state half changed in a way that matters: each insert stands alone.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
