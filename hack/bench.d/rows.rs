@@ -201,6 +201,8 @@ pub async fn single_pod(engine: &Engine, round: usize, samples: &mut Samples) {
 
 /// The daemon with nothing to do.
 pub async fn idle(engine: &Engine, samples: &mut Samples) {
+    // Idle is what has had nothing to do for a while.
+    tokio::time::sleep(std::time::Duration::from_secs(25)).await;
     put(samples, DAEMON_IDLE, engine, pss(engine.pid()) / 1024.0);
 }
 

@@ -4,5 +4,6 @@
 pub mod cli;
 pub mod config;
 pub mod flags;
+mod quiet;
 mod serve;
 mod telemetry;

@@ -64,6 +64,7 @@ pub async fn run(config: Config) -> Result<()> {
         _ = interrupt.recv() => return Ok(()),
     }
     tokio::spawn(provisioner.watch(shutdown.clone()));
+    tokio::spawn(super::quiet::give_back(containerizer.events(), shutdown.clone()));
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
