@@ -96,7 +96,7 @@ impl Act {
 async fn perform(store: &Provisioner, registry: &Registry, act: &Act) -> Result<Option<RootFs>, mesocri::model::Error> {
     match act {
         Act::Pull(i) => {
-            let request = PullRequest { reference: registry.reference(*i), credentials: None };
+            let request = PullRequest { reference: registry.reference(*i), credentials: None, cached: false };
             store.pull(request, None, CancellationToken::new()).await?;
         }
         Act::Load(i) => {
@@ -322,7 +322,7 @@ impl Run {
         let store = self.store().clone();
         let (a, b) = (self.random.below(IMAGES), self.random.below(IMAGES));
         let cancel = CancellationToken::new();
-        let request = PullRequest { reference: self.registry.reference(a), credentials: None };
+        let request = PullRequest { reference: self.registry.reference(a), credentials: None, cached: false };
         let pulls = [Act::Pull(b), Act::Prune, Act::Free(1)];
         let (cancelled, pulled, pruned, freed) = tokio::join!(
             async {

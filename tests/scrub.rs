@@ -31,7 +31,7 @@ impl Bench {
     }
 
     async fn pull(&self, image: usize) {
-        let request = PullRequest { reference: self.registry.reference(image), credentials: None };
+        let request = PullRequest { reference: self.registry.reference(image), credentials: None, cached: false };
         self.store.pull(request, None, CancellationToken::new()).await.unwrap();
     }
 

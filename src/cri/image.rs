@@ -44,7 +44,7 @@ pub(super) async fn pull(front: &Front, request: wire::PullImageRequest) -> Resu
     let cancel = CancellationToken::new();
     let _guard = cancel.clone().drop_guard();
     let what = format!("pull image {reference}");
-    let id = front.engine.images().pull(PullRequest { reference, credentials }, None, cancel).await.map_err(|e| e.within(what))?;
+    let id = front.engine.images().pull(PullRequest { reference, credentials, cached: false }, None, cancel).await.map_err(|e| e.within(what))?;
     Ok(wire::PullImageResponse { image_ref: id.to_string() })
 }
 

@@ -44,7 +44,7 @@ impl Operator for Service {
         // Dropped with the stream: a client that leaves cancels its pull.
         let guard = cancel.clone().drop_guard();
         tokio::spawn(async move {
-            let pulled = images.pull(PullRequest { reference, credentials: None }, Some(progress), cancel).await;
+            let pulled = images.pull(PullRequest { reference, credentials: None, cached: false }, Some(progress), cancel).await;
             // The client may have left; then nobody wants the result.
             let _ = done.send(pulled).await;
         });

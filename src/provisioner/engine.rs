@@ -43,7 +43,6 @@ pub(super) struct Inner {
     pub(super) images: Index,
     pub(super) leases: Leases,
     pub(super) registries: Registries,
-    #[expect(dead_code, reason = "archives and Appc images at URIs use it")]
     pub(super) fetcher: Fetcher,
     pub(super) pulls: Pulls,
     pub(super) pull_permits: Semaphore,

@@ -13,6 +13,7 @@
 
 mod damage;
 mod draft;
+mod scratch;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use tokio::sync::OnceCell;
 
 pub use damage::{Damage, Replaced};
 pub use draft::Draft;
+pub use scratch::Scratch;
 
 use super::unpack::{Expected, Form, Source, Unpacked, unpack};
 use super::{config::Limits, remove, usage};

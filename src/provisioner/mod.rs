@@ -54,6 +54,9 @@ pub struct PullRequest {
     pub reference: Reference,
     /// With which credentials; `None` is anonymous.
     pub credentials: Option<Credentials>,
+    /// What the store has under this name is enough (`Image.cached` of Mesos). Otherwise the source is asked, and only layers
+    /// that are there already are not fetched; CRI's `PullImage` means that.
+    pub cached: bool,
 }
 
 /// Progress of a pull, one event per change worth showing.

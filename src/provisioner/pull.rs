@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::engine::Inner;
 use super::layers::{self, Hold, Staged};
+use super::pullers::archive::local::{self, Shelf};
 use super::pullers::manifest::{self, Configuration, Descriptor, Document};
 use super::pullers::registry::{Endpoint, Served};
 use super::pullers::schema1;
@@ -31,8 +32,8 @@ const MAX_INDEX_DEPTH: usize = 2;
 /// Stack of an unpacking thread; decoders keep their state on the heap.
 const STACK: usize = 512 << 10;
 
-/// Identical pulls are those of one reference with the same credentials.
-type Key = (Reference, Option<Credentials>);
+/// Identical pulls are those of one reference, from one source, with the same credentials.
+type Key = (Reference, Option<Shelf>, Option<Credentials>);
 
 /// Running pulls.
 #[derive(Default)]
@@ -107,8 +108,15 @@ pub(super) async fn pull(
     progress: Option<mpsc::UnboundedSender<PullEvent>>,
     cancel: CancellationToken,
 ) -> Result<ImageId> {
+    let shelf = inner.config.shelf(&request.reference);
     request.reference = inner.config.qualify(&request.reference)?;
-    let key: Key = (request.reference.clone(), request.credentials.clone());
+    if request.cached
+        && let Some(image) = inner.images.resolve(&request.reference.to_string())
+        && image.layers.iter().all(|l| inner.layers.contains(&l.diff_id))
+    {
+        return Ok(image.id.clone());
+    }
+    let key: Key = (request.reference.clone(), shelf, request.credentials.clone());
     let flight = join(inner, &key, request, progress);
     let mut done = flight.done.clone();
     let waiter = Waiter { pulls: &inner.pulls, key, flight: flight.clone() };
@@ -157,7 +165,7 @@ fn join(inner: &Arc<Inner>, key: &Key, request: PullRequest, progress: Option<mp
     drop(map);
     let (inner, key, running) = (inner.clone(), key.clone(), flight.clone());
     tokio::spawn(async move {
-        let outcome = run(&inner, &request, &running).await;
+        let outcome = run(&inner, &request, key.1.as_ref(), &running).await;
         let mut map = inner.pulls.lock();
         if map.get(&key).is_some_and(|f| Arc::ptr_eq(f, &running)) {
             map.remove(&key);
@@ -170,11 +178,11 @@ fn join(inner: &Arc<Inner>, key: &Key, request: PullRequest, progress: Option<mp
 }
 
 /// The work with its cleaning up.
-async fn run(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight) -> Result<ImageId> {
+async fn run(inner: &Arc<Inner>, request: &PullRequest, shelf: Option<&Shelf>, flight: &Flight) -> Result<ImageId> {
     // Counts unpacking threads; they outlive the futures that started them.
     let threads = TaskTracker::new();
     let result = tokio::select! {
-        result = work(inner, request, flight, &threads) => result,
+        result = work(inner, request, shelf, flight, &threads) => result,
         () = flight.cancel.cancelled() => Err(Error::new(Kind::Cancelled, "pull image: cancelled")),
     };
     threads.close();
@@ -191,7 +199,7 @@ async fn run(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight) -> Resu
     result
 }
 
-async fn work(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight, threads: &TaskTracker) -> Result<ImageId> {
+async fn work(inner: &Arc<Inner>, request: &PullRequest, shelf: Option<&Shelf>, flight: &Flight, threads: &TaskTracker) -> Result<ImageId> {
     let reference = &request.reference;
     let within = |e: Error| {
         // The prefix that users look for stays in front.
@@ -202,6 +210,10 @@ async fn work(inner: &Arc<Inner>, request: &PullRequest, flight: &Flight, thread
         }
     };
     let _permit = inner.pull_permits.acquire().await.map_err(|_| Error::internal("pull image: shutting down"))?;
+    if let Some(shelf) = shelf {
+        let tell = |event| flight.tell(&event);
+        return local::pull(inner, (shelf, reference), (threads, &flight.cancel), &tell).await.map_err(within);
+    }
     let resolved = resolve(inner, request).await.map_err(within)?;
     flight.tell(&PullEvent::Resolved { layers: resolved.layers.iter().map(|d| (d.digest.to_string(), d.size)).collect() });
     // From here on no collection takes layers away that were found or made for this image.

@@ -159,7 +159,7 @@ async fn repair(inner: &Arc<Inner>, layer: &Digest) -> Result<()> {
     let mut last = Error::precondition(format!("fetch layer {layer}: its images came from archives; load one of them again"));
     for name in images.iter().flat_map(|image| &image.repo_digests).filter(|name| tried.insert((*name).clone())) {
         let reference: Reference = name.parse()?;
-        match pull::pull(inner, PullRequest { reference, credentials: None }, None, CancellationToken::new()).await {
+        match pull::pull(inner, PullRequest { reference, credentials: None, cached: false }, None, CancellationToken::new()).await {
             // Mended already by the pull for another layer, or by this one.
             Ok(_) if inner.layers.damage(layer).is_none() => return Ok(()),
             Ok(_) => last = Error::internal(format!("fetch layer {layer}: {name} did not bring it")),

@@ -224,7 +224,7 @@ impl Store {
 }
 
 pub fn request(name: &str, credentials: Option<Credentials>) -> PullRequest {
-    PullRequest { reference: name.parse().unwrap(), credentials }
+    PullRequest { reference: name.parse().unwrap(), credentials, cached: false }
 }
 
 pub fn user(password: &str) -> Option<Credentials> {

@@ -193,7 +193,7 @@ impl Store {
     }
 
     async fn pull_as(&self, reference: &Reference, credentials: Option<Credentials>) -> Result<ImageId> {
-        self.provisioner.pull(PullRequest { reference: reference.clone(), credentials }, None, CancellationToken::new()).await
+        self.provisioner.pull(PullRequest { reference: reference.clone(), credentials, cached: false }, None, CancellationToken::new()).await
     }
 
     /// Nothing listed, nothing on disk.
@@ -362,7 +362,7 @@ async fn cancelling_and_leaving_leave_nothing() {
     });
     let reference: Reference = reference.to_string().replace(&files.host, &slow.host).parse().unwrap();
     let store = Store::new(Config::default()).await;
-    let request = || PullRequest { reference: reference.clone(), credentials: None };
+    let request = || PullRequest { reference: reference.clone(), credentials: None, cached: false };
     let under_way = || async {
         loop {
             let arrived = slow.shared.arrived.notified();

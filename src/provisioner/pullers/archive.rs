@@ -1,30 +1,37 @@
 //! Imports images from archives: what `docker save` writes (of any age) and OCI image layouts, as a tar file, maybe
 //! compressed, or as a directory. Layers go through the same verified unpacking as those of a registry.
 //!
-//! Members of a tar file are found by one pass that notes where each begins; their bytes are then read in place. A compressed
+//! Members of a tar file are found by one pass over their headers; their bytes are then read in place ([`files`]). A compressed
 //! archive is first decompressed into staging: its members cannot be sought. Nothing in an archive is trusted to be where or
 //! what another part says: sizes and digests are checked as they are read.
+//!
+//! `mesocri load` imports every image under the names that the archive gives ([`load`], [`Incoming`]); a `docker_registry` that is
+//! a directory or lies in HDFS gives one image under the name it was asked for ([`local`]).
 
-use std::collections::HashMap;
+mod files;
+mod legacy;
+pub mod local;
+
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::Deserialize;
+use tokio::io::AsyncWriteExt;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::manifest::{self, Descriptor, Document};
 use crate::model::error::{Act, Error, Kind, Result};
+use files::Files;
 use crate::model::image::{Image, Layer};
 use crate::model::{Digest, ImageId, Reference};
 use crate::provisioner::engine::Inner;
-use crate::provisioner::pull;
-use crate::provisioner::unpack::tar::{Reader, What};
-use crate::provisioner::unpack::{Expected, Hasher, Source, file_source};
+use crate::provisioner::unpack::{Expected, Hasher};
+use crate::provisioner::{PullEvent, pull};
 use crate::stdx::blocking;
 
-/// Members of one archive; the largest real ones have some thousands.
-const MAX_MEMBERS: usize = 100_000;
 /// Nested indexes followed.
 const MAX_INDEX_DEPTH: usize = 3;
 /// Annotation under which `docker save`, `ctr export` and `buildah push` put the full name.
@@ -32,36 +39,99 @@ const NAME: &str = "io.containerd.image.name";
 /// Annotation under which OCI tools put a name or a tag alone.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// Imports every image at `path`.
+/// Imports every image at `path`. Whoever drops this stops the work and leaves nothing behind.
 ///
 /// # Errors
 /// As [`crate::provisioner::Images::load`].
 pub(in crate::provisioner) async fn load(inner: &Arc<Inner>, path: &Path) -> Result<Vec<ImageId>> {
-    let (opened, shown) = (inner.clone(), path.to_owned());
-    let path = path.to_owned();
-    let (files, wanted) = blocking::run("read image archive", move || {
-        let files = Files::open(&opened, &path)?;
-        let wanted = find(&opened, &files).map_err(|e| e.within(format!("load {}", path.display())))?;
-        Ok::<_, Error>((Arc::new(files), wanted))
-    })
-    .await?;
-    let mut ids = Vec::new();
-    for image in wanted {
-        let result = import(inner, files.clone(), image).await;
-        if result.is_err() {
-            let inner = inner.clone();
-            if let Err(e) = blocking::run("collect garbage", move || inner.collect()).await {
-                tracing::warn!(error = %e, "cleaning up after a failed import");
+    let owned = path.to_owned();
+    load_all(inner, path.to_owned(), move |inner, cancel| Files::open(inner, &owned, cancel)).await
+}
+
+async fn load_all(
+    inner: &Arc<Inner>,
+    shown: std::path::PathBuf,
+    open: impl FnOnce(&Inner, &CancellationToken) -> Result<Files> + Send + 'static,
+) -> Result<Vec<ImageId>> {
+    let cancel = CancellationToken::new();
+    let _leave = cancel.clone().drop_guard();
+    let inner = inner.clone();
+    // In a task of its own, so that it can clean up after a caller who left.
+    let work = tokio::spawn(async move {
+        let (opener, stop) = (inner.clone(), cancel.clone());
+        let (files, wanted) = blocking::run("read image archive", move || {
+            let files = open(&opener, &stop)?;
+            let wanted = find(&opener, &files)?;
+            Ok::<_, Error>((Arc::new(files), wanted))
+        })
+        .await?;
+        let mut ids = Vec::new();
+        for image in wanted {
+            let threads = TaskTracker::new();
+            let result = import(&inner, files.clone(), image, &threads, &|_| ()).await;
+            if result.is_err() {
+                threads.close();
+                threads.wait().await;
+                let inner = inner.clone();
+                if let Err(e) = blocking::run("collect garbage", move || inner.collect()).await {
+                    tracing::warn!(error = %e, "cleaning up after a failed import");
+                }
             }
+            ids.push(result?);
         }
-        ids.push(result.map_err(|e| e.within(format!("load {}", shown.display())))?);
+        Ok(ids)
+    });
+    let result = work.await.map_err(|e| Error::with(Kind::Internal, "load archive", e))?;
+    result.map_err(|e: Error| e.within(format!("load {}", shown.display())))
+}
+
+/// An archive that is being sent to us: kept in a file without a name until all of it is there. Dropping it forgets it.
+pub struct Incoming {
+    inner: Arc<Inner>,
+    file: tokio::fs::File,
+    bytes: u64,
+}
+
+impl Incoming {
+    /// Nothing has come yet.
+    ///
+    /// # Errors
+    /// When the store's file system takes no file.
+    pub(in crate::provisioner) async fn begin(inner: &Arc<Inner>) -> Result<Self> {
+        let dir = inner.layout.staging();
+        let file = blocking::run("make temporary file", move || tempfile::tempfile_in(&dir).act("create temporary in", dir.display())).await?;
+        Ok(Self { inner: inner.clone(), file: tokio::fs::File::from_std(file), bytes: 0 })
     }
-    Ok(ids)
+
+    /// The next bytes.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the disk or `limits.layer_bytes` has no room for them.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.bytes += bytes.len() as u64;
+        let limit = self.inner.config.limits.layer_bytes;
+        if self.bytes > limit {
+            return Err(Error::new(Kind::ResourceExhausted, format!("receive archive: more than {limit} bytes (limits.layer_bytes)")));
+        }
+        self.file.write_all(&bytes).await.act("write", "received archive")
+    }
+
+    /// That was all: imports every image in it.
+    ///
+    /// # Errors
+    /// As [`crate::provisioner::Images::load`].
+    pub async fn finish(mut self) -> Result<Vec<ImageId>> {
+        self.file.flush().await.act("write", "received archive")?;
+        let file: File = self.file.into_std().await;
+        load_all(&self.inner, "what was sent".into(), move |inner, cancel| Files::of_file(inner, file, Path::new("what was sent"), cancel)).await
+    }
 }
 
 /// An image to import.
 struct Wanted {
     names: Vec<Reference>,
+    /// What the archive calls it if that is a tag alone.
+    tag: Option<String>,
     /// Digest of its manifest, if the archive has one.
     manifest: Option<Digest>,
     config: Vec<u8>,
@@ -70,15 +140,22 @@ struct Wanted {
     layers: Vec<(String, Expected)>,
 }
 
-async fn import(inner: &Arc<Inner>, files: Arc<Files>, wanted: Wanted) -> Result<ImageId> {
+/// Unpacks and commits one image. `threads` counts what works for it in the background.
+async fn import(inner: &Arc<Inner>, files: Arc<Files>, wanted: Wanted, threads: &TaskTracker, tell: &(dyn Fn(PullEvent) + Sync)) -> Result<ImageId> {
     let parsed = manifest::configuration(&wanted.config, wanted.layers.len(), &inner.platform)?;
+    let layer = |((member, expected), diff_id): (&(String, Expected), &Digest)| {
+        let shown = expected.blob.as_ref().unwrap_or(diff_id);
+        (shown.to_string(), files.size(member).unwrap_or(0))
+    };
+    tell(PullEvent::Resolved { layers: wanted.layers.iter().zip(&parsed.diff_ids).map(layer).collect() });
     let hold = inner.layers.hold(parsed.diff_ids.iter().cloned());
     let mut flights = Vec::new();
     let mut layers = Vec::new();
-    for ((member, expected), diff_id) in wanted.layers.into_iter().zip(&parsed.diff_ids) {
+    for (index, ((member, expected), diff_id)) in wanted.layers.into_iter().zip(&parsed.diff_ids).enumerate() {
         let size = files.size(&member).unwrap_or(0);
         layers.push(Layer { diff_id: diff_id.clone(), blob: expected.blob.clone(), blob_size: size });
         if inner.layers.contains(diff_id) {
+            tell(PullEvent::Exists { layer: index });
             continue;
         }
         let flight = inner.layers.flight(diff_id);
@@ -86,10 +163,15 @@ async fn import(inner: &Arc<Inner>, files: Arc<Files>, wanted: Wanted) -> Result
             .get_or_try_init(|| async {
                 let _permit = inner.layer_permits.acquire().await.map_err(|_| Error::internal("load layer: shutting down"))?;
                 let expected = Expected { diff_id: Some(diff_id.clone()), ..expected };
-                let (store, files, limits) = (inner.layers.clone(), files.clone(), inner.config.limits);
-                blocking::run("unpack layer", move || store.stage(files.source(&member)?, &expected, limits).map(Arc::new)).await
+                let (store, files, limits, token) = (inner.layers.clone(), files.clone(), inner.config.limits, threads.token());
+                let unpack = move || {
+                    let _token = token;
+                    store.stage(files.source(&member)?, &expected, limits).map(Arc::new)
+                };
+                blocking::run("unpack layer", unpack).await
             })
             .await?;
+        tell(PullEvent::Unpacked { layer: index });
         flights.push(flight);
     }
     let config_json = String::from_utf8(wanted.config).map_err(|e| Error::with(Kind::DataLoss, "read image configuration", e))?;
@@ -139,6 +221,9 @@ fn find(inner: &Inner, files: &Files) -> Result<Vec<Wanted>> {
             serde_json::from_slice(&files.read("manifest.json", limit)?).map_err(|e| Error::with(Kind::DataLoss, "read manifest.json", e))?;
         return entries.into_iter().map(|entry| docker_image(inner, files, entry)).collect();
     }
+    if files.has("repositories") {
+        return legacy::find(inner, files);
+    }
     Err(Error::invalid("it is neither an OCI image layout nor a docker archive"))
 }
 
@@ -157,7 +242,7 @@ fn docker_image(inner: &Inner, files: &Files, entry: DockerEntry) -> Result<Want
     }
     let names = entry.repo_tags.unwrap_or_default().iter().map(|t| t.parse().map(|name| inner.config.qualify_or_keep(name))).collect::<Result<_>>()?;
     let layers = entry.layers.into_iter().map(|member| (member, Expected::default())).collect();
-    Ok(Wanted { names, manifest: None, config, config_digest, layers })
+    Ok(Wanted { names, tag: None, manifest: None, config, config_digest, layers })
 }
 
 fn oci_image(inner: &Inner, files: &Files, top: &Descriptor) -> Result<Option<Wanted>> {
@@ -177,6 +262,7 @@ fn oci_image(inner: &Inner, files: &Files, top: &Descriptor) -> Result<Option<Wa
                 let expected = |d: &Descriptor| Expected { blob: Some(d.digest.clone()), size: Some(d.size), diff_id: None };
                 return Ok(Some(Wanted {
                     names: name_of(top).map(|name| inner.config.qualify_or_keep(name)).into_iter().collect(),
+                    tag: tag_of(top),
                     manifest: Some(top.digest.clone()),
                     config: files.blob(&config, limits.manifest_bytes)?,
                     config_digest: config.digest,
@@ -195,176 +281,12 @@ fn name_of(entry: &Descriptor) -> Option<Reference> {
     full.parse().ok()
 }
 
+/// The tag, if the archive gives that alone.
+fn tag_of(entry: &Descriptor) -> Option<String> {
+    entry.annotations.as_ref()?.get(REF_NAME).filter(|n| !n.contains([':', '/'])).cloned()
+}
+
 fn blob_path(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm(), digest.hex())
 }
 
-// --- where the bytes are
-
-/// Files of an archive by name.
-enum Files {
-    /// A directory; names are checked before they are joined.
-    Directory(PathBuf),
-    /// A tar file: where each member begins and how long it is. The file may be an unnamed temporary.
-    Tar { file: File, members: HashMap<String, (u64, u64)> },
-}
-
-impl Files {
-    fn open(inner: &Inner, path: &Path) -> Result<Self> {
-        let meta = match std::fs::metadata(path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::not_found(format!("open {}", path.display()))),
-            other => other.act("open", path.display())?,
-        };
-        if meta.is_dir() {
-            return Ok(Self::Directory(path.to_owned()));
-        }
-        if !meta.is_file() {
-            return Err(Error::invalid(format!("open {}: neither a file nor a directory", path.display())));
-        }
-        let mut file = File::open(path).act("open", path.display())?;
-        let mut magic = [0u8; 4];
-        let n = file.read(&mut magic).act("read", path.display())?;
-        file.seek(SeekFrom::Start(0)).act("seek in", path.display())?;
-        let file = match magic.get(..n) {
-            Some([0x1f, 0x8b, ..]) => spool(inner, flate2::read::MultiGzDecoder::new(file))?,
-            Some([0x28, 0xb5, 0x2f, 0xfd]) => spool(inner, zstd::Decoder::new(file).act("decompress", path.display())?)?,
-            _ => file,
-        };
-        let members =
-            index(&file).map_err(|e| if e.kind == Kind::DataLoss { Error::with(Kind::InvalidArgument, format!("read {}", path.display()), e) } else { e })?;
-        Ok(Self::Tar { file, members })
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.size(name).is_some()
-    }
-
-    fn size(&self, name: &str) -> Option<u64> {
-        match self {
-            Self::Directory(dir) => {
-                std::fs::symlink_metadata(crate::disk::layout::below(dir, Path::new(name))?).ok().filter(std::fs::Metadata::is_file).map(|m| m.len())
-            }
-            Self::Tar { members, .. } => members.get(name).map(|(_, size)| *size),
-        }
-    }
-
-    fn reader(&self, name: &str) -> Result<Box<dyn Read + Send + '_>> {
-        let missing = || Error::new(Kind::DataLoss, format!("read {name:?}: the archive does not have it"));
-        match self {
-            Self::Directory(dir) => {
-                let path = crate::disk::layout::below(dir, Path::new(name)).filter(|_| self.has(name)).ok_or_else(missing)?;
-                Ok(Box::new(File::open(&path).act("open", path.display())?))
-            }
-            Self::Tar { file, members } => {
-                let (at, left) = *members.get(name).ok_or_else(missing)?;
-                Ok(Box::new(Member { file, at, left }))
-            }
-        }
-    }
-
-    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.reader(name)?.take(limit + 1).read_to_end(&mut bytes).act("read", name)?;
-        if bytes.len() as u64 > limit { Err(Error::new(Kind::ResourceExhausted, format!("read {name}: longer than {limit} bytes"))) } else { Ok(bytes) }
-    }
-
-    fn blob(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>> {
-        let bytes = self.read(&blob_path(&descriptor.digest), limit)?;
-        let digest = Hasher::of(&bytes, Some(&descriptor.digest))?;
-        if digest != descriptor.digest || bytes.len() as u64 != descriptor.size {
-            return Err(Error::new(Kind::DataLoss, format!("verify {}: its bytes are {digest}", descriptor.digest)));
-        }
-        Ok(bytes)
-    }
-
-    fn source(&self, name: &str) -> Result<Source<'_>> {
-        Ok(file_source(self.reader(name)?))
-    }
-}
-
-/// A member read in place, so that several can be read at once.
-struct Member<'a> {
-    file: &'a File,
-    at: u64,
-    left: u64,
-}
-
-impl Read for Member<'_> {
-    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(out.len());
-        let n = std::os::unix::fs::FileExt::read_at(self.file, &mut out[..most], self.at)?;
-        self.at += n as u64;
-        self.left -= n as u64;
-        Ok(n)
-    }
-}
-
-/// Decompresses into a temporary without a name on the store's file system.
-fn spool(inner: &Inner, mut from: impl Read) -> Result<File> {
-    let dir = inner.layout.staging();
-    let mut file = tempfile::tempfile_in(&dir).act("create temporary in", dir.display())?;
-    let limit = inner.config.limits.layer_bytes;
-    let n = std::io::copy(&mut (&mut from).take(limit + 1), &mut file).act("decompress into", dir.display())?;
-    if n > limit { Err(Error::new(Kind::ResourceExhausted, format!("decompress archive: more than {limit} bytes"))) } else { Ok(file) }
-}
-
-/// Notes where members begin. Old docker archives link layers that several images share; the link then stands for its target.
-fn index(file: &File) -> Result<HashMap<String, (u64, u64)>> {
-    let mut archive = Reader::new(Counted { inner: BufReader::with_capacity(64 << 10, Member { file, at: 0, left: u64::MAX }), at: 0 });
-    let mut members = HashMap::new();
-    let mut links = Vec::new();
-    while let Some(entry) = archive.next_entry()? {
-        let Ok(name) = String::from_utf8(entry.path) else { continue };
-        let name = name.trim_start_matches("./").to_owned();
-        match entry.what {
-            What::File if entry.sparse.is_none() => {
-                members.insert(name, (archive.input().at, entry.size));
-            }
-            What::Symlink | What::Hardlink => links.push((name, String::from_utf8_lossy(&entry.link).into_owned(), entry.what)),
-            _ => {}
-        }
-        if members.len() + links.len() > MAX_MEMBERS {
-            return Err(Error::new(Kind::ResourceExhausted, format!("read archive: more than {MAX_MEMBERS} members")));
-        }
-    }
-    for (name, target, what) in links {
-        let base = if what == What::Symlink { name.rsplit_once('/').map_or("", |(dir, _)| dir) } else { "" };
-        let mut parts: Vec<&str> = base.split('/').filter(|p| !p.is_empty()).collect();
-        for part in target.split('/').filter(|p| !p.is_empty() && *p != ".") {
-            if part == ".." {
-                parts.pop();
-            } else {
-                parts.push(part);
-            }
-        }
-        if let Some(place) = members.get(&parts.join("/")).copied() {
-            members.insert(name, place);
-        }
-    }
-    Ok(members)
-}
-
-/// Knows how far it has read.
-struct Counted<R> {
-    inner: R,
-    at: u64,
-}
-
-impl<R: BufRead> Read for Counted<R> {
-    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.inner.read(out)?;
-        self.at += n as u64;
-        Ok(n)
-    }
-}
-
-impl<R: BufRead> BufRead for Counted<R> {
-    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
-        self.inner.fill_buf()
-    }
-
-    fn consume(&mut self, n: usize) {
-        self.at += n as u64;
-        self.inner.consume(n);
-    }
-}

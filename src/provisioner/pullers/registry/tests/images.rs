@@ -25,7 +25,7 @@ impl Store {
     }
 
     async fn pull(&self, name: &str) -> Result<ImageId> {
-        self.provisioner.pull(PullRequest { reference: name.parse()?, credentials: None }, None, CancellationToken::new()).await
+        self.provisioner.pull(PullRequest { reference: name.parse()?, credentials: None, cached: false }, None, CancellationToken::new()).await
     }
 }
 
