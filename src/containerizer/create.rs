@@ -23,6 +23,7 @@ use crate::model::phase::{ContainerPhase, Exit, PodPhase};
 use crate::model::plan::LaunchPlan;
 use crate::model::pod::NamespaceMode;
 use crate::model::{ContainerId, ContainerSpec, PodId, PodSpec};
+use crate::provisioner::pullers::artifact::is_artifact;
 use crate::stdx::undo::Undo;
 use crate::stdx::{blocking, clock, failpoint};
 
@@ -165,6 +166,8 @@ pub(super) struct Order {
     pub(super) container: Container,
     pub(super) image: Arc<crate::model::image::Image>,
     pub(super) target_pid: Option<u32>,
+    /// Images of its volumes with the path wanted of each, in the order of the mounts.
+    pub(super) volumes: Vec<(Arc<crate::model::image::Image>, String)>,
 }
 
 /// A failed creation: why, and the container if something of it could not be undone.
@@ -191,6 +194,10 @@ impl Owner {
             return Err(Error::invalid(format!("create privileged container {}: its pod is not privileged", spec.metadata.name)));
         }
         let image = self.parts.images.resolve(&spec.image).ok_or_else(|| Error::not_found(format!("find image {:?}: it is not in the store", spec.image)))?;
+        if is_artifact(&image) {
+            return Err(Error::precondition(format!("run image {:?}: it is an artifact, files without a root filesystem; mount it as a volume", spec.image)));
+        }
+        let volumes = self.volumes(&spec)?;
         let log_path = log_path(self.pod.spec.log_directory.as_deref(), spec.log_path.as_deref())?;
         let target_pid = self.target_pid(&spec)?;
         let container = Container {
@@ -208,7 +215,7 @@ impl Owner {
             message: String::new(),
             spec,
         };
-        Ok(Order { container, image, target_pid })
+        Ok(Order { container, image, target_pid, volumes })
     }
 
     /// First process of the container whose process namespace `spec` wants to share; it must be running in this pod now.
@@ -224,6 +231,13 @@ impl Owner {
             ContainerPhase::Running { pid, .. } => Ok(Some(pid)),
             _ => Err(Error::precondition(format!("share process namespace of container {target}: it is not running"))),
         }
+    }
+
+    /// The images of the volumes: like the container's own they must be there, nothing is pulled.
+    fn volumes(&self, spec: &ContainerSpec) -> Result<Vec<(Arc<crate::model::image::Image>, String)>> {
+        let missing = |name: &str| Error::not_found(format!("ImageVolumeMountFailed: find image {name:?}: it is not in the store"));
+        let find = |v: &crate::model::container::ImageVolume| Ok((self.parts.images.resolve(&v.image).ok_or_else(|| missing(&v.image))?, v.sub_path.clone()));
+        spec.mounts.iter().filter_map(|m| m.image.as_ref()).map(find).collect()
     }
 
     fn image_volumes(&self, spec: &ContainerSpec) -> BTreeMap<String, String> {
@@ -302,11 +316,23 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
     // Before the act, too: an interrupted provision may have left a directory or a lease.
     undo.push("release root filesystem", move || async move { p.images.release(key.as_str()).await.map_err(|e| e.to_string()) });
     let rootfs = parts.images.provision(container.id.as_str(), &order.image).await?;
+    let mut image_volumes = Vec::new();
+    for (number, (image, sub_path)) in order.volumes.iter().enumerate() {
+        image_volumes.push(parts.images.provision_volume(container.id.as_str(), number, image, sub_path).await?);
+    }
     failpoint::hit("create_container.provisioned");
 
     let (p, in_pod, key) = (parts.clone(), pod.clone(), container.id.clone());
     undo.push("clean up isolators", move || async move { all(p.isolators.cleanup(&in_pod.id, &in_pod.spec, Some(&key)).await) });
-    let inner = ContainerCx { id: &container.id, spec: &container.spec, image: &order.image, rootfs: &rootfs, sandbox, target_pid: order.target_pid };
+    let inner = ContainerCx {
+        id: &container.id,
+        spec: &container.spec,
+        image: &order.image,
+        rootfs: &rootfs,
+        sandbox,
+        target_pid: order.target_pid,
+        image_volumes: &image_volumes,
+    };
     let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) };
     let plan = parts.isolators.prepare(&cx).await?;
     failpoint::hit("create_container.prepared");
@@ -319,6 +345,10 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
     let (p, pod_id, key) = (parts.clone(), pod.id.clone(), container.id.clone());
     undo.push("delete task", move || async move { p.launcher.delete_task(&pod_id, &key).await.map_err(|e| e.to_string()) });
     failpoint::hit("create_container.launched");
+    if !image_volumes.is_empty() {
+        // The container has bound them; a mount that stays goes with the container.
+        parts.images.settle_volumes(container.id.as_str()).await?;
+    }
 
     parts.isolators.isolate(&cx, pid).await?;
     failpoint::hit("create_container.isolated");

@@ -83,6 +83,16 @@ impl Layout {
         self.rootfs_all().join(id)
     }
 
+    /// Image volumes that are mounted on the host while their container is being made.
+    pub fn volumes_mounted(&self) -> PathBuf {
+        self.state.join("volumes")
+    }
+
+    /// One of them.
+    pub fn volume(&self, name: &str) -> PathBuf {
+        self.volumes_mounted().join(name)
+    }
+
     /// Pod records.
     pub fn pods(&self) -> PathBuf {
         self.root.join("pods")

@@ -25,6 +25,7 @@
 //! ├── shims/<pod>.sock               the pod's shim
 //! ├── pods/<pod>/                    sandbox/ (bundle), shm/, hostname, hosts, resolv.conf
 //! │   └── containers/<id>/           bundle: config.json, mesocri.json, seccomp.bpf, rootfs/
+//! ├── volumes/<container>.volume-<n>/ image volumes, mounted while their container is being made
 //! ├── cgroup-parent                  the parent cgroup this daemon makes itself, written before it does
 //! └── seccomp/<digest>.bpf           compiled filters, one per profile
 //!

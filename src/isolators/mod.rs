@@ -96,6 +96,8 @@ pub struct ContainerCx<'a> {
     pub sandbox: &'a Sandbox,
     /// First process of the container whose process namespace is shared (`NamespaceMode::Target`).
     pub target_pid: Option<u32>,
+    /// Where its image volumes are to be bound from, in the order of the mounts that ask for them.
+    pub image_volumes: &'a [std::path::PathBuf],
 }
 
 /// What an isolator may look at: a pod being made (`container` is `None`: prepare the sandbox) or a container in it.

@@ -63,6 +63,7 @@ pub struct Bench {
     pub rootfs: RootFs,
     pub sandbox: Sandbox,
     pub target_pid: Option<u32>,
+    pub image_volumes: Vec<std::path::PathBuf>,
     dir: tempfile::TempDir,
 }
 
@@ -94,6 +95,7 @@ impl Bench {
             rootfs: RootFs { backend: "test".into(), mounts: Vec::new(), lookup: vec![upper.clone()], writable: Some(upper) },
             sandbox: Sandbox::default(),
             target_pid: None,
+            image_volumes: Vec::new(),
             dir,
         }
     }
@@ -119,8 +121,8 @@ impl Bench {
     }
 
     fn cx(&self) -> ContainerCx<'_> {
-        let Self { id, spec, image, rootfs, sandbox, target_pid, .. } = self;
-        ContainerCx { id, spec, image, rootfs, sandbox, target_pid: *target_pid }
+        let Self { id, spec, image, rootfs, sandbox, target_pid, image_volumes, .. } = self;
+        ContainerCx { id, spec, image, rootfs, sandbox, target_pid: *target_pid, image_volumes }
     }
 }
 

@@ -1,4 +1,5 @@
-//! `volume/host_path`: the request's volumes, bound from the host (cri-behaviour §10, Mounts).
+//! `volume/host_path`: the request's volumes, bound from the host (cri-behaviour §10, Mounts). Images as volumes have been mounted on the
+//! host by the provisioner before, and are bound from there.
 //!
 //! A volume replaces a default mount of the same destination, and one on or below `/dev`, `/sys`, `/proc` or `/run` takes out the
 //! default mounts that it would hide.
@@ -51,7 +52,8 @@ impl Isolator for HostPath {
         // A volume may lie on a file system that does not answer (a dead server): then only this pod waits.
         let sources = blocking::run("look at volumes", {
             let mounts = container.spec.mounts.clone();
-            move || sources(&mounts)
+            let images = container.image_volumes.to_vec();
+            move || sources(&mounts, images)
         })
         .await?;
         for (volume, source) in volumes.into_iter().zip(sources) {
@@ -75,7 +77,7 @@ impl HostPath {
         let destination = container_path("mount", &m.container_path)?;
         let bad = |why: &str| Error::invalid(format!("mount {}: {why}", destination.display()));
         if m.image.is_some() {
-            return Err(Error::new(Kind::Unimplemented, format!("mount {}: image volumes are not built yet", destination.display())));
+            return Ok(Volume { destination, options: ["rbind", "rprivate", "ro"] });
         }
         if !Path::new(&m.host_path).is_absolute() || m.host_path.contains('\0') {
             return Err(bad(&format!("host path {:?} is not an absolute path", m.host_path)));
@@ -106,10 +108,15 @@ impl HostPath {
 }
 
 /// Where the volumes really lie: links resolved, missing directories made, propagation possible.
-fn sources(mounts: &[Mount]) -> Result<Vec<PathBuf>> {
+fn sources(mounts: &[Mount], images: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+    let mut images = images.into_iter();
     let mut mountinfo = None;
     let mut sources = Vec::with_capacity(mounts.len());
     for m in mounts {
+        if m.image.is_some() {
+            sources.push(images.next().ok_or_else(|| Error::internal(format!("mount {}: its image is not mounted", m.container_path)))?);
+            continue;
+        }
         let source = resolve(Path::new(&m.host_path))?;
         if m.propagation != Propagation::Private {
             if mountinfo.is_none() {
@@ -228,6 +235,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn images_are_bound_read_only_each_in_its_place() {
+        let mut bench = Bench::new();
+        let here = bench.path().to_owned();
+        let image = |inside: &str| Mount { image: Some(ImageVolume::default()), container_path: inside.into(), readonly: true, ..Mount::default() };
+        bench.spec.mounts = vec![image("/a"), volume(&here, "/b"), image("/c")];
+        bench.image_volumes = vec!["/one".into(), "/two".into()];
+        let patch = bench.prepare(&ISOLATOR).await.unwrap();
+        let sources: Vec<_> = patch.mounts.iter().map(|m| m.source().clone().unwrap()).collect();
+        assert_eq!(sources, [PathBuf::from("/one"), std::fs::canonicalize(&here).unwrap(), PathBuf::from("/two")]);
+        for inside in ["/a", "/c"] {
+            assert_eq!(options(&patch, inside), ["rbind", "rprivate", "ro"]);
+        }
+    }
+
+    #[tokio::test]
     async fn only_the_runtimes_own_trees_give_way() {
         let mut bench = Bench::new();
         let here = bench.path().to_owned();
@@ -247,7 +269,7 @@ mod tests {
             (volume(Path::new(""), "/v"), Kind::InvalidArgument),
             (Mount { recursive_read_only: true, ..good.clone() }, Kind::InvalidArgument),
             (Mount { recursive_read_only: true, readonly: true, propagation: Propagation::HostToContainer, ..good.clone() }, Kind::InvalidArgument),
-            (Mount { image: Some(ImageVolume::default()), host_path: String::new(), ..good.clone() }, Kind::Unimplemented),
+            (Mount { image: Some(ImageVolume::default()), host_path: String::new(), ..good.clone() }, Kind::Internal),
         ] {
             bench.spec.mounts = vec![bad.clone()];
             assert_eq!(bench.prepare(&ISOLATOR).await.unwrap_err().kind, kind, "{bad:?}");

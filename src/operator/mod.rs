@@ -1,6 +1,7 @@
 //! F7: the operator's front: pulls with visible progress, imports, care of the image store. Holds no state of its own; the `mesocri` command speaks it.
 
 mod store;
+mod transfer;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -67,6 +68,17 @@ impl Operator for Service {
         }
         let ids = self.engine.images().load(&path).await.map_err(|e| status(&e))?;
         Ok(Response::new(api::LoadResponse { image_ids: ids.iter().map(ToString::to_string).collect() }))
+    }
+
+    async fn import(&self, request: Request<tonic::Streaming<api::Piece>>) -> Result<Response<api::LoadResponse>, Status> {
+        let ids = transfer::import(&*self.upkeep, request.into_inner()).await?;
+        Ok(Response::new(api::LoadResponse { image_ids: ids.iter().map(ToString::to_string).collect() }))
+    }
+
+    type SaveStream = transfer::Outgoing;
+
+    async fn save(&self, request: Request<api::SaveRequest>) -> Result<Response<Self::SaveStream>, Status> {
+        transfer::save(&self.upkeep, request.into_inner()).map(Response::new)
     }
 
     async fn plan_collection(&self, request: Request<api::Document>) -> Result<Response<api::Document>, Status> {

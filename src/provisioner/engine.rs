@@ -18,7 +18,7 @@ use super::leases::{Lease, Leases};
 use super::pull::{self, Pulls};
 use super::pullers::{archive, fetch::Fetcher, registry::Registries};
 use super::usage::{self, Counts};
-use super::{Images, PullEvent, PullRequest, implied, remove};
+use super::{Images, PullEvent, PullRequest, implied, remove, volumes};
 use crate::disk::layout::Layout;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::image::{FsUsage, Image, RootFs};
@@ -186,7 +186,7 @@ impl Inner {
         Ok(rootfs)
     }
 
-    fn provision(&self, container: &str, image: &Image) -> Result<RootFs> {
+    pub(super) fn provision(&self, container: &str, image: &Image) -> Result<RootFs> {
         let mut layers: Vec<Digest> = Vec::new();
         for layer in &image.layers {
             // The same layer twice adds nothing the second time, unless something between changed it; overlay refuses duplicates.
@@ -224,6 +224,15 @@ impl Inner {
         Ok(rootfs)
     }
 
+    /// The root filesystem of a container with all its volumes.
+    fn release_all(&self, container: &str) -> Result<()> {
+        self.unmount_volumes(Some(container))?;
+        for volume in self.volumes_of(container) {
+            self.release(&volume)?;
+        }
+        self.release(container)
+    }
+
     fn release(&self, container: &str) -> Result<()> {
         self.counts.remove(container);
         remove::tree(&self.layout.rootfs(container))?;
@@ -247,7 +256,8 @@ impl Inner {
                 first = result;
             }
         };
-        for lease in self.leases.all().iter().filter(|l| !known.contains(l.container.as_str())) {
+        keep(self.unmount_volumes(None));
+        for lease in self.leases.all().iter().filter(|l| !known.contains(volumes::container_of(&l.container))) {
             keep(self.release(&lease.container));
         }
         // Directories without a lease: provisioning was cut short.
@@ -338,6 +348,17 @@ impl Images for Provisioner {
         blocking::run("provision root filesystem", move || inner.provision(&container, &image)).await
     }
 
+    async fn provision_volume(&self, container: &str, number: usize, image: &Image, sub_path: &str) -> Result<PathBuf> {
+        check_name(container)?;
+        let (inner, name, image, sub_path) = (self.inner.clone(), Self::volume_name(container, number), image.clone(), sub_path.to_owned());
+        blocking::run("mount image volume", move || inner.mount_volume(&name, &image, &sub_path)).await
+    }
+
+    async fn settle_volumes(&self, container: &str) -> Result<()> {
+        let (inner, container) = (self.inner.clone(), container.to_owned());
+        blocking::run("unmount image volumes", move || inner.unmount_volumes(Some(&container))).await
+    }
+
     fn check_container(&self, container: &str) -> Result<()> {
         self.inner.check_container(container)
     }
@@ -345,7 +366,7 @@ impl Images for Provisioner {
     async fn release(&self, container: &str) -> Result<()> {
         check_name(container)?;
         let (inner, container) = (self.inner.clone(), container.to_owned());
-        blocking::run("release root filesystem", move || inner.release(&container)).await
+        blocking::run("release root filesystem", move || inner.release_all(&container)).await
     }
 
     fn usage(&self, container: &str) -> Option<(FsUsage, i64)> {
@@ -359,4 +380,4 @@ impl Images for Provisioner {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::provisioner) mod tests;

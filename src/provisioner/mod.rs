@@ -13,10 +13,12 @@ mod metadata;
 mod pull;
 pub mod pullers;
 pub mod remove;
+pub mod save;
 pub mod scrub;
 pub mod unpack;
 pub mod upkeep;
 pub mod usage;
+mod volumes;
 
 pub use config::Config;
 pub use engine::Provisioner;
@@ -28,7 +30,7 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::error::Result;
+use crate::model::error::{Error, Kind, Result};
 use crate::model::image::{FsUsage, Image, RootFs};
 use crate::model::{ImageId, Reference};
 
@@ -135,13 +137,33 @@ pub trait Images: Send + Sync {
     /// `NotFound` when the image vanished, `ResourceExhausted`.
     async fn provision(&self, container: &str, image: &Image) -> Result<RootFs>;
 
+    /// Makes the files of `image`, or what `sub_path` names in it, readable at a path of the host, for volume `number` of
+    /// `container`; the image stays leased until [`Images::release`]. The path is good until [`Images::settle_volumes`].
+    ///
+    /// # Errors
+    /// Messages begin with `ImageVolumeMountFailed: `. `NotFound` for a sub-path that the image does not have, `InvalidArgument`
+    /// for one that leads out of it.
+    async fn provision_volume(&self, container: &str, number: usize, image: &Image, sub_path: &str) -> Result<std::path::PathBuf> {
+        let _ = (number, image, sub_path);
+        Err(Error::new(Kind::Unimplemented, format!("mount an image into {container}")))
+    }
+
+    /// The container has its volumes, or will never have them: the host sees them no longer.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn settle_volumes(&self, container: &str) -> Result<()> {
+        let _ = container;
+        Ok(())
+    }
+
     /// Whether `container` may start: nothing it was made from is known to be damaged. From memory.
     ///
     /// # Errors
     /// `DataLoss` naming the layer and the image.
     fn check_container(&self, container: &str) -> Result<()>;
 
-    /// Removes the root filesystem of `container`; unknown is fine.
+    /// Removes the root filesystem of `container` and its image volumes; unknown is fine.
     ///
     /// # Errors
     /// I/O failures.

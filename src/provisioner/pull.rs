@@ -14,11 +14,12 @@ use tokio_util::task::TaskTracker;
 
 use super::engine::Inner;
 use super::layers::{self, Hold, Staged};
+use super::pullers::artifact;
 use super::pullers::archive::local::{self, Shelf};
 use super::pullers::manifest::{self, Configuration, Descriptor, Document};
 use super::pullers::registry::{Endpoint, Served};
 use super::pullers::schema1;
-use super::unpack::{Expected, Hasher};
+use super::unpack::{Expected, Hasher, Source};
 use super::{Credentials, PullEvent, PullRequest};
 use crate::model::error::{Error, Kind, Result};
 use crate::model::image::{Image, Layer};
@@ -238,6 +239,8 @@ struct Resolved {
 enum Identity {
     /// A configuration, its digest and the diff ids it promises.
     Configured { id: Digest, json: String, parsed: Box<Configuration> },
+    /// Files of any kind, and the manifest that names them.
+    Artifact { id: Digest, manifest: String },
     /// Nothing but blobs and their history: diff ids come out of unpacking, and the configuration is made of both.
     Legacy(schema1::Manifest),
 }
@@ -248,6 +251,11 @@ impl Resolved {
     fn known_diff_ids(&self, inner: &Inner) -> Vec<Option<Digest>> {
         match &self.identity {
             Identity::Configured { parsed, .. } => parsed.diff_ids.iter().cloned().map(Some).collect(),
+            // The same artifact may be here under another name.
+            Identity::Artifact { id, .. } => match inner.images.look_up(id.as_str()).filter(|i| i.layers.len() == self.layers.len()) {
+                Some(image) => image.layers.iter().map(|l| Some(l.diff_id.clone())).collect(),
+                None => vec![None; self.layers.len()],
+            },
             Identity::Legacy(_) => {
                 let images = inner.images.list();
                 let layers: HashMap<&Digest, &Digest> =
@@ -257,10 +265,22 @@ impl Resolved {
         }
     }
 
+    /// The name of the file that a layer is; `None`: it is an archive.
+    fn file_name(&self, layer: &Descriptor) -> Result<Option<String>> {
+        if matches!(self.identity, Identity::Artifact { .. }) { artifact::file_name(layer) } else { Ok(None) }
+    }
+
     fn image(&self, inner: &Inner, reference: &Reference, diff_ids: &[Digest]) -> Result<Image> {
-        let layer = |(diff_id, blob): (&Digest, &Descriptor)| Layer { diff_id: diff_id.clone(), blob: Some(blob.digest.clone()), blob_size: blob.size };
+        // What became of a file is not what a blob of this digest is elsewhere.
+        let is_image = !matches!(self.identity, Identity::Artifact { .. });
+        let layer = |(diff_id, blob): (&Digest, &Descriptor)| Layer {
+            diff_id: diff_id.clone(),
+            blob: is_image.then(|| blob.digest.clone()),
+            blob_size: blob.size,
+        };
         let (id, json, config) = match &self.identity {
             Identity::Configured { id, json, parsed } => (id.clone(), json.clone(), parsed.config.clone()),
+            Identity::Artifact { id, manifest } => (id.clone(), manifest.clone(), artifact::config(manifest.as_bytes())?),
             Identity::Legacy(legacy) => {
                 let json = schema1::configuration(legacy, diff_ids)?;
                 let config = manifest::configuration(json.as_bytes(), diff_ids.len(), &inner.platform)?.config;
@@ -303,6 +323,11 @@ async fn resolve(inner: &Inner, request: &PullRequest) -> Result<Resolved> {
             }
         }
     };
+    if artifact::is_config_of_artifact(&config) {
+        let id = Hasher::of(&bytes, None)?;
+        let manifest = String::from_utf8(bytes.to_vec()).map_err(|e| Error::with(Kind::DataLoss, "read manifest", e))?;
+        return Ok(Resolved { endpoint, digest, identity: Identity::Artifact { id, manifest }, layers: artifact::layers(layers) });
+    }
     let document = endpoint.small_blob(&config, limits.manifest_bytes).await?;
     let parsed = manifest::configuration(&document, layers.len(), &inner.platform)?;
     let json = String::from_utf8(document.to_vec()).map_err(|e| Error::with(Kind::DataLoss, "read image configuration", e))?;
@@ -334,27 +359,32 @@ async fn fetch_layers(
     threads: &TaskTracker,
 ) -> Result<(Vec<Digest>, Vec<Arc<layers::Flight>>)> {
     // By diff id where that is known, else by blob.
-    let keys: Vec<&Digest> = resolved.layers.iter().zip(known).map(|(blob, diff_id)| diff_id.as_ref().unwrap_or(&blob.digest)).collect();
+    let key = |(blob, diff_id): (&Descriptor, &Option<Digest>)| match (diff_id, resolved.file_name(blob)?) {
+        (Some(diff_id), _) => Ok(diff_id.clone()),
+        (None, Some(name)) => artifact::key(&name, &blob.digest),
+        (None, None) => Ok(blob.digest.clone()),
+    };
+    let keys: Vec<Digest> = resolved.layers.iter().zip(known).map(key).collect::<Result<_>>()?;
     let mut seen = HashSet::new();
-    let distinct: Vec<usize> = (0..keys.len()).filter(|i| keys.get(*i).is_some_and(|key| seen.insert(*key))).collect();
+    let distinct: Vec<(usize, Digest)> = keys.iter().cloned().enumerate().filter(|(_, key)| seen.insert(key.clone())).collect();
     let fetched: Vec<(usize, Digest, Option<Arc<layers::Flight>>)> = futures_util::stream::iter(distinct)
-        .map(|index| async move {
+        .map(|(index, key)| async move {
             let (Some(blob), Some(diff_id)) = (resolved.layers.get(index), known.get(index)) else { return Err(Error::internal("fetch layer: no such layer")) };
-            let (diff_id, staged) = fetch_layer(inner, &resolved.endpoint, index, (blob, diff_id.as_ref()), flight, threads).await?;
+            let (diff_id, staged) = fetch_layer(inner, resolved, (index, &key), (blob, diff_id.as_ref()), flight, threads).await?;
             Ok((index, diff_id, staged))
         })
         .buffer_unordered(inner.config.max_parallel_layers.max(1))
         .try_collect()
         .await?;
-    let found: HashMap<&Digest, &Digest> = fetched.iter().filter_map(|(index, diff_id, _)| Some((*keys.get(*index)?, diff_id))).collect();
+    let found: HashMap<&Digest, &Digest> = fetched.iter().filter_map(|(index, diff_id, _)| Some((keys.get(*index)?, diff_id))).collect();
     let diff_ids = keys.iter().filter_map(|key| found.get(key).map(|d| (*d).clone())).collect();
     Ok((diff_ids, fetched.into_iter().filter_map(|(.., staged)| staged).collect()))
 }
 
 async fn fetch_layer(
     inner: &Arc<Inner>,
-    endpoint: &Endpoint,
-    index: usize,
+    resolved: &Resolved,
+    (index, key): (usize, &Digest),
     (blob, diff_id): (&Descriptor, Option<&Digest>),
     flight: &Flight,
     threads: &TaskTracker,
@@ -364,12 +394,13 @@ async fn fetch_layer(
         return Ok((present.clone(), None));
     }
     // A blob and an archive of one digest are the same bytes, so the two kinds of key do not get in each other's way.
-    let shared = inner.layers.flight(diff_id.unwrap_or(&blob.digest));
+    let shared = inner.layers.flight(key);
+    let name = resolved.file_name(blob)?;
     let staged = shared
         .get_or_try_init(|| async {
             let _permit = inner.layer_permits.acquire().await.map_err(|_| Error::internal("fetch layer: shutting down"))?;
             let told = |bytes| flight.tell(&PullEvent::Downloaded { layer: index, bytes });
-            download(inner, endpoint, blob, diff_id, told, threads).await.map(Arc::new)
+            download(inner, &resolved.endpoint, (blob, name.as_deref()), diff_id, told, threads).await.map(Arc::new)
         })
         .await?;
     let found = staged.record.diff_id.clone();
@@ -382,7 +413,7 @@ async fn fetch_layer(
 async fn download(
     inner: &Arc<Inner>,
     endpoint: &Endpoint,
-    blob: &Descriptor,
+    (blob, name): (&Descriptor, Option<&str>),
     diff_id: Option<&Digest>,
     progress: impl FnMut(u64),
     threads: &TaskTracker,
@@ -390,7 +421,12 @@ async fn download(
     let (to, mut pieces) = mpsc::channel::<Bytes>(PIECES);
     let (ended, end) = oneshot::channel::<()>();
     let (answer, staged) = oneshot::channel();
-    let expected = Expected { blob: Some(blob.digest.clone()), size: Some(blob.size), diff_id: diff_id.cloned() };
+    // A file is verified on its way into the archive that is made of it.
+    let expected = match name {
+        Some(_) => Expected { diff_id: diff_id.cloned(), ..Expected::default() },
+        None => Expected { blob: Some(blob.digest.clone()), size: Some(blob.size), diff_id: diff_id.cloned() },
+    };
+    let file = name.map(|name| (name.to_owned(), blob.clone()));
     let (store, limits, token) = (inner.layers.clone(), inner.config.limits, threads.token());
     let mut end = Some(end);
     std::thread::Builder::new()
@@ -398,7 +434,7 @@ async fn download(
         .stack_size(STACK)
         .spawn(move || {
             let _token = token;
-            let source = Box::new(move || match pieces.blocking_recv() {
+            let source: Source<'_> = Box::new(move || match pieces.blocking_recv() {
                 Some(piece) => Ok(Some(piece)),
                 // The channel closes both at the end and when the transfer is given up; only the former says so.
                 None => match end.take().map(oneshot::Receiver::blocking_recv) {
@@ -407,7 +443,11 @@ async fn download(
                 },
             });
             // Whoever asked may be gone; then the staged layer is dropped here.
-            let _ = answer.send(store.stage(source, &expected, limits));
+            let source = match file {
+                Some((name, blob)) => artifact::archive(&name, &blob, source),
+                None => Ok(source),
+            };
+            let _ = answer.send(source.and_then(|source| store.stage(source, &expected, limits)));
         })
         .map_err(|e| Error::io("start thread", e))?;
     match endpoint.blob(blob, to, progress).await {

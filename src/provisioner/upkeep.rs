@@ -4,9 +4,13 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::mpsc;
 
 use super::engine::{Inner, Provisioner};
 use super::gc::{Outcome, Plan, Request, df, why};
+use super::pullers::archive::Incoming;
+use super::save::{self, Format};
 use super::scrub;
 use crate::model::error::Result;
 use crate::stdx::blocking;
@@ -49,6 +53,18 @@ pub trait Upkeep: Send + Sync {
     /// # Errors
     /// I/O failures of the store itself; damaged layers are in the report.
     async fn scrub(&self, request: scrub::Request) -> Result<scrub::Report>;
+
+    /// Begins to take in an archive that somebody sends.
+    ///
+    /// # Errors
+    /// I/O failures.
+    async fn import(&self) -> Result<Incoming>;
+
+    /// Sends the images that `keys` name to `to` as one archive; ends early when the other end is dropped.
+    ///
+    /// # Errors
+    /// `NotFound`, `DataLoss` for a layer known to be damaged, I/O failures.
+    async fn save(&self, keys: Vec<String>, format: Format, to: mpsc::Sender<Bytes>) -> Result<()>;
 }
 
 async fn on<T: Send + 'static>(what: &'static str, inner: &Arc<Inner>, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
@@ -84,5 +100,13 @@ impl Upkeep for Provisioner {
 
     async fn scrub(&self, request: scrub::Request) -> Result<scrub::Report> {
         scrub::scrub(&self.inner, request).await
+    }
+
+    async fn import(&self) -> Result<Incoming> {
+        Incoming::begin(&self.inner).await
+    }
+
+    async fn save(&self, keys: Vec<String>, format: Format, to: mpsc::Sender<Bytes>) -> Result<()> {
+        save::save(&self.inner, keys, format, to).await
     }
 }

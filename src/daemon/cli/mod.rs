@@ -5,6 +5,7 @@ pub mod sample;
 mod show;
 mod store;
 mod store_show;
+mod transfer;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -55,12 +56,7 @@ pub fn command() -> Command {
                 .arg(Arg::new("image").required(true).help("image reference, as docker takes it"))
                 .arg(Arg::new("command").num_args(0..).last(true).help("command and arguments instead of the image's")),
         )
-        .subcommand(
-            Command::new("load")
-                .about("Import the images of a docker-archive or OCI layout")
-                .arg(address.clone())
-                .arg(Arg::new("archive").required(true).value_parser(value_parser!(PathBuf)).help("file or directory on the daemon's host")),
-        )
+        .subcommands(transfer::commands(&address))
         .subcommands(store::commands(&address))
         .subcommand(
             Command::new("ping")
@@ -114,7 +110,8 @@ fn dispatch(matches: &ArgMatches) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Some(("run", m)) => runtime(1)?.block_on(run::run(m)),
-        Some(("load", m)) => runtime(1)?.block_on(run::load(m)),
+        Some(("load", m)) => runtime(1)?.block_on(transfer::load(m)),
+        Some(("save", m)) => runtime(1)?.block_on(transfer::save(m)),
         Some(("ping", m)) => {
             let wait = std::time::Duration::from_secs(m.get_one::<u64>("wait").copied().unwrap_or(0));
             runtime(1)?.block_on(run::ping(&address(m), wait))

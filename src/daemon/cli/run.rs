@@ -1,6 +1,6 @@
-//! `mesocri run` and `mesocri load`: clients of the daemon's own sockets, through the same calls a kubelet makes.
+//! `mesocri run` and `mesocri ping`: clients of the daemon's own sockets, through the same calls a kubelet makes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -25,16 +25,6 @@ const SAMPLE: &str = "localhost/mesocri-busybox:host";
 const PING_INTERVAL: Duration = Duration::from_millis(20);
 
 type Cri = RuntimeServiceClient<Channel>;
-
-/// `mesocri load ARCHIVE`.
-pub async fn load(matches: &ArgMatches) -> Result<ExitCode> {
-    let archive = matches.get_one::<PathBuf>("archive").cloned().unwrap_or_default();
-    let archive = std::fs::canonicalize(&archive).act("find", archive.display())?;
-    for id in import(&connect(&super::address(matches)).await?, &archive).await? {
-        println!("{id}");
-    }
-    Ok(ExitCode::SUCCESS)
-}
 
 /// `mesocri ping`: ready means that it answers Status, which it does only after recovery.
 pub async fn ping(path: &Path, wait: Duration) -> Result<ExitCode> {
@@ -112,7 +102,7 @@ async fn fetch(channel: &Channel, image: &str, show: &mut Show) -> Result<String
     }
 }
 
-async fn import(channel: &Channel, archive: &Path) -> Result<Vec<String>> {
+pub(super) async fn import(channel: &Channel, archive: &Path) -> Result<Vec<String>> {
     let request = LoadRequest { path: archive.display().to_string() };
     let answer = OperatorClient::new(channel.clone()).load(request).await.map_err(|s| refused("load the archive", &s))?;
     Ok(answer.into_inner().image_ids)
@@ -258,6 +248,8 @@ pub(super) fn refused(act: &str, status: &Status) -> Error {
         Code::NotFound => Kind::NotFound,
         Code::Unavailable => Kind::Unavailable,
         Code::FailedPrecondition => Kind::FailedPrecondition,
+        Code::ResourceExhausted => Kind::ResourceExhausted,
+        Code::DataLoss => Kind::DataLoss,
         _ => Kind::Internal,
     };
     Error::new(kind, format!("{act}: {}", status.message()))

@@ -159,7 +159,7 @@ impl Shared {
     }
 }
 
-fn layer(file: &str) -> Vec<u8> {
+pub(in crate::provisioner) fn layer(file: &str) -> Vec<u8> {
     let mut builder = ::tar::Builder::new(Vec::new());
     let mut header = ::tar::Header::new_gnu();
     let data = file.repeat(50_000);
@@ -170,25 +170,25 @@ fn layer(file: &str) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-fn config(diff_ids: &[Digest], label: &str) -> String {
+pub(in crate::provisioner) fn config(diff_ids: &[Digest], label: &str) -> String {
     let ids: Vec<_> = diff_ids.iter().map(Digest::as_str).collect();
     serde_json::json!({"os": "linux", "config": {"Labels": {"l": label}}, "rootfs": {"type": "layers", "diff_ids": ids}}).to_string()
 }
 
-struct Store {
-    provisioner: Arc<Provisioner>,
-    layout: Layout,
-    dir: tempfile::TempDir,
+pub(in crate::provisioner) struct Store {
+    pub provisioner: Arc<Provisioner>,
+    pub layout: Layout,
+    pub dir: tempfile::TempDir,
 }
 
 impl Store {
-    async fn new(config: Config) -> Self {
+    pub async fn new(config: Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let layout = Layout::new(dir.path().join("root"), dir.path().join("state"));
         Self { provisioner: Provisioner::open(config, layout.clone()).await.unwrap(), layout, dir }
     }
 
-    async fn pull(&self, reference: &Reference) -> Result<ImageId> {
+    pub async fn pull(&self, reference: &Reference) -> Result<ImageId> {
         self.pull_as(reference, None).await
     }
 
@@ -197,7 +197,7 @@ impl Store {
     }
 
     /// Nothing listed, nothing on disk.
-    fn assert_empty(&self) {
+    pub fn assert_empty(&self) {
         assert!(self.provisioner.list().is_empty());
         for dir in [self.layout.layers(), self.layout.staging(), self.layout.images()] {
             let left: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).collect();

@@ -1,6 +1,7 @@
 //! Pullers bring images in: from registries, from archives. Each ends in the same verified layers in staging.
 
 pub mod archive;
+pub mod artifact;
 mod auth;
 mod child;
 pub mod docker_config;

@@ -14,6 +14,9 @@ use super::super::{Expected, Form, Unpacked, file_source, unpack};
 use super::*;
 use crate::provisioner::config::Limits;
 
+/// Layers with more bytes than this (sparse ones) are not archived again here.
+const MOST_SAVED: u64 = 64 << 20;
+
 /// Path to a line that says everything of it. Times of what the archive does not list are left out.
 fn tree(root: &Path) -> BTreeMap<String, String> {
     let mut out = BTreeMap::new();
@@ -80,6 +83,57 @@ pub fn mounted(blob: &[u8], expected: &Expected, limits: Limits) -> Result<Mount
     Ok(Mounted { _dir: dir, _mount: mount, image, root, unpacked })
 }
 
+/// What is archived again from either form is the same; unpacked it is the same layer, and archived once more the same bytes.
+fn saved_again(root: &Path, image: &Mounted, finished: &Finished) {
+    use crate::provisioner::save::layer;
+    let size = |path: &PathBuf| std::fs::symlink_metadata(path).map_or(0, |m| if m.is_file() { m.len() } else { 0 });
+    let total: u64 = tree(root, &[]).keys().map(|name| size(&root.join(std::ffi::OsStr::from_bytes(&unescape(name))))).sum();
+    if total > MOST_SAVED {
+        return;
+    }
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    layer::write(root, &finished.implied, &mut first).unwrap();
+    layer::write(&image.image, &finished.implied, &mut second).unwrap();
+    assert!(first == second, "the forms differ: {} and {} bytes", first.len(), second.len());
+    let dir = tempfile::tempdir().unwrap();
+    let again = dir.path().join("fs");
+    std::fs::create_dir(&again).unwrap();
+    let unpacked = unpack(file_source(first.as_slice()), &again, Form::Directory, &Expected::default(), Limits::default()).unwrap();
+    assert_eq!((&unpacked.tree.content, unpacked.tree.opaque_root), (&finished.content, finished.opaque_root));
+    let (want, have) = (tree(root, &finished.implied), tree(&again, &finished.implied));
+    assert_eq!(want, have);
+    let mut third = Vec::new();
+    layer::write(&again, &unpacked.tree.implied, &mut third).unwrap();
+    assert!(first == third, "archived once more: {} and {} bytes", first.len(), third.len());
+}
+
+fn unescape(name: &str) -> Vec<u8> {
+    let (mut out, mut rest) = (Vec::new(), name.as_bytes());
+    while let Some((first, tail)) = rest.split_first() {
+        let hex = tail.strip_prefix(b"x").and_then(|t| t.get(..2)).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 16).ok());
+        match (first, hex, tail.first()) {
+            (b'\\', Some(byte), _) => {
+                out.push(byte);
+                rest = &tail[3..];
+            }
+            (b'\\', None, Some(next)) => {
+                out.push(match next {
+                    b'n' => b'\n',
+                    b't' => b'\t',
+                    b'r' => b'\r',
+                    other => *other,
+                });
+                rest = &tail[1..];
+            }
+            _ => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
 /// Makes the image of what became the directory `root` with `result` and compares.
 pub fn compare(blob: &[u8], expected: &Expected, limits: Limits, root: &Path, result: &Result<Unpacked>) {
     let image = mounted(blob, expected, limits);
@@ -94,6 +148,7 @@ pub fn compare(blob: &[u8], expected: &Expected, limits: Limits, root: &Path, re
                 assert_eq!(have.get(path), Some(line), "{path}");
             }
             assert_eq!(want.len(), have.len());
+            saved_again(root, &image, directory);
         }
         (Err(_), Err(_)) => {}
         (Ok(_), Err(e)) => panic!("refused as an image only: {e:?}"),
