@@ -70,7 +70,10 @@ async fn tools_take_what_is_saved_and_it_comes_back() {
         assert!(text.contains("PATH=/usr/local/sbin"), "{source}: {text}");
     }
     // The files are those that the registry's image has, by the word of umoci.
-    sh(&node, "umoci unpack --image original:host a; umoci unpack --image layout:host b; mkdir c; skopeo copy -q docker-archive:docker.tar oci:c/l:x; umoci unpack --image c/l:x d");
+    sh(
+        &node,
+        "umoci unpack --image original:host a; umoci unpack --image layout:host b; mkdir c; skopeo copy -q docker-archive:docker.tar oci:c/l:x; umoci unpack --image c/l:x d",
+    );
     let wanted = tree(&node.dir.path().join("a/rootfs"));
     assert!(wanted.len() > 100);
     for other in ["b", "d"] {
@@ -83,7 +86,12 @@ async fn tools_take_what_is_saved_and_it_comes_back() {
     assert_ne!(id, before);
     assert_eq!(sh(&node, "gzip < docker.tar | $M load --address $A -").trim(), id);
     assert_eq!(sh(&node, &format!("$M save --address $A {BUSYBOX} | cmp - oci.tar && echo same")).trim(), "same");
-    for bad in ["head -c 100000 oci.tar | $M load --address $A -", "echo nonsense | $M load --address $A -", "$M save --address $A -o x.tar nothing:1", "$M save --address $A --format oci-dir"] {
+    for bad in [
+        "head -c 100000 oci.tar | $M load --address $A -",
+        "echo nonsense | $M load --address $A -",
+        "$M save --address $A -o x.tar nothing:1",
+        "$M save --address $A --format oci-dir",
+    ] {
         assert_eq!(sh(&node, &format!("if {bad} 2>/dev/null; then echo done; else echo refused; fi; test ! -e x.tar")).trim(), "refused", "{bad}");
     }
     // It runs.
@@ -160,7 +168,8 @@ async fn push_artifact(repository: &str, files: &[(&str, &[u8])]) -> String {
         layers.push(push_blob(repository, bytes, "application/vnd.example.file", Some(name)).await);
     }
     let media_type = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = serde_json::json!({"schemaVersion": 2, "mediaType": media_type, "artifactType": "application/vnd.example", "config": config, "layers": layers});
+    let manifest =
+        serde_json::json!({"schemaVersion": 2, "mediaType": media_type, "artifactType": "application/vnd.example", "config": config, "layers": layers});
     let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
     let put = client.put(format!("http://{REGISTRY}/v2/{repository}/manifests/1")).header("Content-Type", media_type).body(manifest.to_string());
     let answer = put.send().await.unwrap();

@@ -198,7 +198,8 @@ async fn update(parts: &Arc<Parts>, pod: &Pod, container: &Container, basis: Opt
         },
     };
     if let (Some(basis), Some(sandbox)) = (&basis, &pod.sandbox) {
-        let inner = ContainerCx { id: &container.id, spec: &container.spec, image: &basis.image, rootfs: &basis.rootfs, sandbox, target_pid: None, image_volumes: &[] };
+        let inner =
+            ContainerCx { id: &container.id, spec: &container.spec, image: &basis.image, rootfs: &basis.rootfs, sandbox, target_pid: None, image_volumes: &[] };
         parts.isolators.update(&Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) }, &merged).await?;
     }
     parts.launcher.update_task(&pod.id, &container.id, wanted).await?;

@@ -42,7 +42,12 @@ pub const FLAGS: &[Flag] = &[
         form: Form::Text,
         help: "backend of root filesystems: overlay, bind, copy, aufs, erofs; empty chooses",
     },
-    Flag { name: "docker_registry", key: "provisioner.docker_registry", form: Form::Text, help: "registry of image names without a host: URL, or a directory of archives (also hdfs://)" },
+    Flag {
+        name: "docker_registry",
+        key: "provisioner.docker_registry",
+        form: Form::Text,
+        help: "registry of image names without a host: URL, or a directory of archives (also hdfs://)",
+    },
     Flag {
         name: "docker_config",
         key: "provisioner.docker_config",

@@ -14,8 +14,8 @@ use tokio_util::task::TaskTracker;
 
 use super::engine::Inner;
 use super::layers::{self, Hold, Staged};
-use super::pullers::artifact;
 use super::pullers::archive::local::{self, Shelf};
+use super::pullers::artifact;
 use super::pullers::manifest::{self, Configuration, Descriptor, Document};
 use super::pullers::registry::{Endpoint, Served};
 use super::pullers::schema1;
@@ -273,11 +273,8 @@ impl Resolved {
     fn image(&self, inner: &Inner, reference: &Reference, diff_ids: &[Digest]) -> Result<Image> {
         // What became of a file is not what a blob of this digest is elsewhere.
         let is_image = !matches!(self.identity, Identity::Artifact { .. });
-        let layer = |(diff_id, blob): (&Digest, &Descriptor)| Layer {
-            diff_id: diff_id.clone(),
-            blob: is_image.then(|| blob.digest.clone()),
-            blob_size: blob.size,
-        };
+        let layer =
+            |(diff_id, blob): (&Digest, &Descriptor)| Layer { diff_id: diff_id.clone(), blob: is_image.then(|| blob.digest.clone()), blob_size: blob.size };
         let (id, json, config) = match &self.identity {
             Identity::Configured { id, json, parsed } => (id.clone(), json.clone(), parsed.config.clone()),
             Identity::Artifact { id, manifest } => (id.clone(), manifest.clone(), artifact::config(manifest.as_bytes())?),

@@ -83,7 +83,7 @@ pub async fn open(layout: &Layout, backend: &str) -> Result<Arc<Provisioner>, Er
 
 /// Pulls an image from the registry.
 pub async fn pull(store: &Provisioner, registry: &Registry, image: usize) -> Result<(), Error> {
-    let request = PullRequest { reference: registry.reference(image), credentials: None };
+    let request = PullRequest { reference: registry.reference(image), credentials: None, cached: false };
     store.pull(request, None, CancellationToken::new()).await.map(drop)
 }
 

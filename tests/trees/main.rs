@@ -68,7 +68,7 @@ impl Store {
 
     /// Pulls, builds a root filesystem, reads it and removes everything again.
     async fn tree(&self, registry: &Registry, image: &Packed) -> Tree {
-        let request = PullRequest { reference: registry.reference(image), credentials: None };
+        let request = PullRequest { reference: registry.reference(image), credentials: None, cached: false };
         let id = self.store.pull(request, None, CancellationToken::new()).await.unwrap_or_else(|e| panic!("{} {}: {e}", self.backend, image.name));
         let record = self.store.resolve(id.as_str()).unwrap();
         let rootfs = self.store.provision("c", &record).await.unwrap();

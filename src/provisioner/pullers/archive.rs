@@ -24,13 +24,13 @@ use tokio_util::task::TaskTracker;
 
 use super::manifest::{self, Descriptor, Document};
 use crate::model::error::{Act, Error, Kind, Result};
-use files::Files;
 use crate::model::image::{Image, Layer};
 use crate::model::{Digest, ImageId, Reference};
 use crate::provisioner::engine::Inner;
 use crate::provisioner::unpack::{Expected, Hasher};
 use crate::provisioner::{PullEvent, pull};
 use crate::stdx::blocking;
+use files::Files;
 
 /// Nested indexes followed.
 const MAX_INDEX_DEPTH: usize = 3;
@@ -289,4 +289,3 @@ fn tag_of(entry: &Descriptor) -> Option<String> {
 fn blob_path(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm(), digest.hex())
 }
-

@@ -25,8 +25,7 @@ const UNPACK: &str = "io.deis.oras.content.unpack";
 /// A layer that stands for nothing.
 const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 /// Configurations of images. What is none of these is an artifact; registries of old leave the type out or say it is just bytes.
-const IMAGE_CONFIGS: &[&str] =
-    &["", "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json", "application/octet-stream"];
+const IMAGE_CONFIGS: &[&str] = &["", "application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json", "application/octet-stream"];
 /// Longest name, with its directories.
 const MAX_NAME: usize = 4096;
 /// Longest part of a name.
@@ -86,7 +85,8 @@ pub fn file_name(layer: &Descriptor) -> Result<Option<String>> {
     let Some(title) = annotation(TITLE) else {
         return Ok(Some(format!("{}-{}", layer.digest.algorithm(), layer.digest.hex())));
     };
-    let bad = |part: &str| part.is_empty() || part == "." || part == ".." || part.len() > MAX_PART || part.starts_with(".wh.") || part.contains(char::is_control);
+    let bad =
+        |part: &str| part.is_empty() || part == "." || part == ".." || part.len() > MAX_PART || part.starts_with(".wh.") || part.contains(char::is_control);
     if title.len() > MAX_NAME || title.split('/').any(bad) {
         let shown: String = title.chars().take(100).collect();
         return Err(Error::new(Kind::DataLoss, format!("read manifest: {shown:?} is no name for a file of an artifact")));

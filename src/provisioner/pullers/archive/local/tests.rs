@@ -19,7 +19,8 @@ fn docker(names: &[&str], file: &str) -> (Members, Digest) {
     let id = Hasher::of(document.as_bytes(), None).unwrap();
     let manifest = serde_json::json!([{"Config": format!("{}.json", id.hex()), "RepoTags": names, "Layers": ["l/layer.tar"]}]);
     (
-        [("l/layer.tar".into(), tar), (format!("{}.json", id.hex()), document.into_bytes()), ("manifest.json".into(), manifest.to_string().into_bytes())].into(),
+        [("l/layer.tar".into(), tar), (format!("{}.json", id.hex()), document.into_bytes()), ("manifest.json".into(), manifest.to_string().into_bytes())]
+            .into(),
         id,
     )
 }
@@ -271,10 +272,9 @@ async fn a_shelf_in_hdfs_has_no_colons() {
             ("/webhdfs/v1/images/corp/app/2.tar", false) => {
                 Answer::ok(format!(r#"{{"FileStatus":{{"length":{},"type":"FILE","modificationTime":1}}}}"#, archive.len()))
             }
-            (p, _) if p.contains(':') => Answer {
-                status: 400,
-                ..Answer::ok(r#"{"RemoteException":{"exception":"InvalidPathException","message":"Invalid file name"}}"#)
-            },
+            (p, _) if p.contains(':') => {
+                Answer { status: 400, ..Answer::ok(r#"{"RemoteException":{"exception":"InvalidPathException","message":"Invalid file name"}}"#) }
+            }
             _ => Answer { status: 404, ..Answer::ok(r#"{"RemoteException":{"exception":"FileNotFoundException","message":"File does not exist"}}"#) },
         })
     });
