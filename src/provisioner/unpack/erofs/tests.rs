@@ -87,7 +87,7 @@ pub fn mounted(blob: &[u8], expected: &Expected, limits: Limits) -> Result<Mount
 fn saved_again(root: &Path, image: &Mounted, finished: &Finished) {
     use crate::provisioner::save::layer;
     let size = |path: &PathBuf| std::fs::symlink_metadata(path).map_or(0, |m| if m.is_file() { m.len() } else { 0 });
-    let total: u64 = tree(root, &[]).keys().map(|name| size(&root.join(std::ffi::OsStr::from_bytes(&unescape(name))))).sum();
+    let total: u64 = tree(root).keys().map(|name| size(&root.join(std::ffi::OsStr::from_bytes(&unescape(name))))).sum();
     if total > MOST_SAVED {
         return;
     }
@@ -100,8 +100,13 @@ fn saved_again(root: &Path, image: &Mounted, finished: &Finished) {
     std::fs::create_dir(&again).unwrap();
     let unpacked = unpack(file_source(first.as_slice()), &again, Form::Directory, &Expected::default(), Limits::default()).unwrap();
     assert_eq!((&unpacked.tree.content, unpacked.tree.opaque_root), (&finished.content, finished.opaque_root));
-    let (want, have) = (tree(root, &finished.implied), tree(&again, &finished.implied));
-    assert_eq!(want, have);
+    // Times of directories that an archive only implies depend on what comes after them.
+    let untimed = |line: &str| match (line.split_once(" at "), line.split_once(" size ")) {
+        (Some((before, _)), Some((_, after))) if after.contains("names directory") => format!("{before} {after}"),
+        _ => line.to_owned(),
+    };
+    let lines = |root: &Path| -> BTreeMap<String, String> { tree(root).into_iter().map(|(name, line)| (name, untimed(&line))).collect() };
+    assert_eq!(lines(root), lines(&again));
     let mut third = Vec::new();
     layer::write(&again, &unpacked.tree.implied, &mut third).unwrap();
     assert!(first == third, "archived once more: {} and {} bytes", first.len(), third.len());
