@@ -60,3 +60,29 @@ impl Drop for Draft {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Layout;
+
+    #[test]
+    fn a_draft_becomes_the_record_or_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path().join("root"), dir.path().join("state"));
+        let layers = Layers::open(&layout).unwrap();
+        let staged = || std::fs::read_dir(layout.staging()).unwrap().count();
+        let (kept, given_up) = (layers.draft(b"kept".to_vec()).unwrap(), layers.draft(b"given up".to_vec()).unwrap());
+        layers.sweep_staging().unwrap();
+        assert_eq!(staged(), 2, "somebody works on them");
+        assert!(kept.says(b"kept") && !given_up.says(b"kept"));
+        drop(given_up);
+        let target = dir.path().join("root/store/record.json");
+        kept.put(&target).unwrap();
+        assert_eq!((std::fs::read(&target).unwrap(), staged()), (b"kept".to_vec(), 0));
+        // After a crash nobody works on it any more.
+        std::mem::forget(layers.draft(b"crashed".to_vec()).unwrap());
+        drop(Layers::open(&layout).unwrap());
+        assert_eq!(staged(), 0);
+    }
+}
