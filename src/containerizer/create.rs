@@ -187,7 +187,7 @@ impl Owner {
         }
     }
 
-    fn order(&self, spec: ContainerSpec) -> Result<Order> {
+    fn order(&self, mut spec: ContainerSpec) -> Result<Order> {
         let stopping = !self.is_serving();
         admit::create_container(self.pod.phase, stopping).map_err(|e| e.about("create container in pod", &self.pod.id))?;
         if spec.security.privileged && !self.pod.spec.privileged {
@@ -198,6 +198,7 @@ impl Owner {
             return Err(Error::precondition(format!("run image {:?}: it is an artifact, files without a root filesystem; mount it as a volume", spec.image)));
         }
         let volumes = self.volumes(&spec)?;
+        self.parts.isolators.complete(&mut spec, &image).map_err(|e| e.within(format!("create container {}", spec.metadata.name)))?;
         let log_path = log_path(self.pod.spec.log_directory.as_deref(), spec.log_path.as_deref())?;
         let target_pid = self.target_pid(&spec)?;
         let container = Container {

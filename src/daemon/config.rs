@@ -106,8 +106,8 @@ impl Config {
     /// Names the two settings that do not fit.
     pub fn check(&self) -> Result<()> {
         for provider in &self.image_providers {
-            if provider != "docker" {
-                return Err(Error::invalid(format!("check configuration: image_providers names {provider:?}; this version serves: docker")));
+            if !["docker", "appc"].contains(&provider.as_str()) {
+                return Err(Error::invalid(format!("check configuration: image_providers names {provider:?}; there are docker and appc")));
             }
         }
         let has = |name: &str| self.isolation.iter().any(|i| i == name);
@@ -121,7 +121,19 @@ impl Config {
                 "check configuration: image_providers contains docker but isolation lacks docker/runtime, without which entrypoint, user and environment of images would be ignored",
             ));
         }
+        if self.image_providers.iter().any(|p| p == "appc") && !has("appc/runtime") {
+            return Err(Error::invalid(
+                "check configuration: image_providers contains appc but isolation lacks appc/runtime, without which exec, user and environment of images would be ignored",
+            ));
+        }
         Ok(())
+    }
+
+    /// Tells the provisioner what stands elsewhere.
+    fn settle(mut self) -> Self {
+        let has = |name: &str| self.image_providers.iter().any(|p| p == name);
+        self.provisioner.formats = crate::provisioner::config::Formats { docker: has("docker"), appc: has("appc") };
+        self
     }
 }
 
@@ -179,7 +191,7 @@ pub fn load(sources: Sources) -> Result<Loaded> {
         merge(&mut merged, table, "", &origin, &mut origins);
     }
     let config: Config = merged.try_into().map_err(|e: toml::de::Error| Error::invalid(format!("merge configuration: {e}")))?;
-    Ok(Loaded { config, origins })
+    Ok(Loaded { config: config.settle(), origins })
 }
 
 /// Reads the file the user named, or the default one if it exists.
@@ -327,5 +339,11 @@ mod tests {
         // Not a substring match: a name that merely contains the right one does not count.
         assert!(check(&["filesystem/linux", "my-docker/runtime"], &["docker"]).is_err());
         assert!(check(&["filesystem/linux", "docker/runtime"], &["tar"]).is_err());
+        assert!(check(&["filesystem/linux", "docker/runtime"], &["docker", "appc"]).unwrap_err().contains("appc/runtime"));
+        assert!(check(&["filesystem/linux", "appc/runtime"], &["appc"]).is_ok());
+        for (file, docker, appc) in [("", true, false), ("image_providers = ['appc']", false, true), ("image_providers = ['docker', 'appc']", true, true)] {
+            let formats = load(sources(file, &[], &[])).unwrap().config.provisioner.formats;
+            assert_eq!((formats.docker, formats.appc), (docker, appc), "{file}");
+        }
     }
 }

@@ -35,7 +35,7 @@ pub const FLAGS: &[Flag] = &[
     Flag { name: "runtime_dir", key: "state", form: Form::Text, help: "state that a reboot may lose: sockets, bundles" },
     Flag { name: "cri_socket", key: "socket", form: Form::Text, help: "unix socket of the CRI; default RUNTIME_DIR/mesocri.sock" },
     Flag { name: "isolation", key: "isolation", form: Form::List, help: "isolators to use, comma separated; an order is not needed" },
-    Flag { name: "image_providers", key: "image_providers", form: Form::List, help: "image formats to serve: docker" },
+    Flag { name: "image_providers", key: "image_providers", form: Form::List, help: "image formats to serve, comma separated: docker, appc" },
     Flag {
         name: "image_provisioner_backend",
         key: "provisioner.backend",
@@ -55,6 +55,24 @@ pub const FLAGS: &[Flag] = &[
         help: "credentials for registries: path of a config.json or .dockercfg, or the JSON itself",
     },
     Flag { name: "hadoop_home", key: "provisioner.hdfs.hadoop_home", form: Form::Text, help: "Hadoop installation whose bin/hadoop reads hdfs:// URIs" },
+    Flag {
+        name: "appc_simple_discovery_uri_prefix",
+        key: "provisioner.appc_simple_discovery_uri_prefix",
+        form: Form::Text,
+        help: "what comes before NAME-VERSION-OS-ARCH.aci in the URI of an appc image: http://, https://, a path, file://, hdfs://",
+    },
+    Flag {
+        name: "appc_keyring",
+        key: "provisioner.appc_keyring",
+        form: Form::Text,
+        help: "GnuPG keyring; appc images then need a signature by a key in it (.aci.asc beside the archive)",
+    },
+    Flag {
+        name: "appc_store_dir",
+        key: "provisioner.appc_store_dir",
+        form: Form::Text,
+        help: "taken for Mesos's sake and not used: images of all formats share the one store in WORK_DIR/store",
+    },
     Flag { name: "image_gc_config", key: "provisioner.image_gc_config", form: Form::Json, help: "when to collect unused images: JSON, or a file with it" },
     Flag { name: "network_cni_config_dir", key: "network.cni.conf_dir", form: Form::Text, help: "directory of CNI network configurations" },
     Flag { name: "network_cni_plugins_dir", key: "network.cni.bin_dirs", form: Form::List, help: "directories of CNI plugins, comma separated" },

@@ -31,7 +31,7 @@ pub const ENTRY: Entry = Entry {
 };
 
 /// What a container gets that asks for nothing (cri-behaviour §11, the larger of the two common sets).
-const DEFAULT: [Capability; 14] = [
+pub(super) const DEFAULT: [Capability; 14] = [
     Capability::Chown,
     Capability::DacOverride,
     Capability::Fsetid,

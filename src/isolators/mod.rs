@@ -7,6 +7,7 @@ pub mod set;
 
 mod parts;
 
+mod appc_runtime;
 mod cgroups;
 mod docker_runtime;
 mod filesystem_linux;
@@ -64,6 +65,7 @@ pub const ENTRIES: &[Entry] = &[
     linux_sysctl::ENTRY,
     pod_files::ENTRY,
     docker_runtime::ENTRY,
+    appc_runtime::ENTRY,
     posix_rlimits::ENTRY,
     cgroups::ENTRY,
     linux_capabilities::ENTRY,
@@ -117,6 +119,16 @@ pub struct Cx<'a> {
 pub trait Isolator: Send + Sync {
     /// Name, as in the configuration's `isolation` list.
     fn name(&self) -> &'static str;
+
+    /// Fills in what the image says of limits and privileges where the caller said nothing: before the container is recorded, so
+    /// that status and updates know it too. Synchronous and cheap.
+    ///
+    /// # Errors
+    /// Fail the creation; nothing has been acquired then.
+    fn complete(&self, spec: &mut ContainerSpec, image: &Image) -> Result<()> {
+        let _ = (spec, image);
+        Ok(())
+    }
 
     /// Describes what the sandbox or container needs. May acquire things outside the process (a mount, an address): then
     /// `cleanup` gives them back, and it is called even if this fails half-way.

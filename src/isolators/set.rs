@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use super::{Cx, Deps, ENTRIES, Isolator};
 use crate::model::error::{Error, Result};
+use crate::model::image::Image;
 use crate::model::plan::LaunchPlan;
 use crate::model::resources::Resources;
 use crate::model::stats::CgroupStats;
-use crate::model::{ContainerId, PodId, PodSpec};
+use crate::model::{ContainerId, ContainerSpec, PodId, PodSpec};
 
 /// The isolators of this daemon, in row order.
 #[derive(Clone)]
@@ -64,6 +65,14 @@ impl Isolators {
     /// Names, in prepare order.
     pub fn names(&self) -> Vec<&'static str> {
         self.0.iter().map(|i| i.name()).collect()
+    }
+
+    /// Has all fill in what the image says and the caller does not.
+    ///
+    /// # Errors
+    /// The first failure, by name.
+    pub fn complete(&self, spec: &mut ContainerSpec, image: &Image) -> Result<()> {
+        self.0.iter().try_for_each(|i| i.complete(spec, image).map_err(|e| e.within(format!("isolator {}", i.name()))))
     }
 
     /// Prepares the sandbox or container of `cx` and merges what all want. The caller runs [`Isolators::cleanup`] on failure.

@@ -54,7 +54,8 @@ id!(
     ContainerId
 );
 id!(
-    /// An image: the digest of its configuration, `sha256:<64 hex>` (cri-behaviour §13.1).
+    /// An image: the digest of its configuration, `sha256:<64 hex>` (cri-behaviour §13.1); of Appc images that of the archive,
+    /// `sha512:<128 hex>`.
     ImageId
 );
 

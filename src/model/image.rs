@@ -33,6 +33,46 @@ pub struct ImageConfig {
     pub os: String,
     /// RFC 3339 creation time, maybe empty.
     pub created: String,
+    /// What only Appc images say; set for these and for no others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub appc: Option<Box<AppcConfig>>,
+}
+
+/// What an Appc manifest says beyond what all images do (App Container specification, `app` of the image manifest). Its mount points
+/// are [`ImageConfig::volumes`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AppcConfig {
+    /// The manifest has an `app`: without one the image is nothing to run, only to build upon.
+    pub app: bool,
+    /// Further groups of the first process.
+    pub supplementary_gids: Vec<u32>,
+    /// Those of the volumes that are read-only.
+    pub read_only: Vec<String>,
+    /// Limits, for containers that are given none.
+    pub resources: AppcResources,
+    /// All capabilities but these are to be dropped.
+    pub retain_capabilities: Option<Vec<String>>,
+    /// These are to be dropped.
+    pub remove_capabilities: Vec<String>,
+    /// `PR_SET_NO_NEW_PRIVS`.
+    pub no_new_privileges: bool,
+    /// Isolators and event handlers that are not acted upon, by name.
+    pub ignored: Vec<String>,
+    /// Fingerprint of the key whose signature was checked when it was pulled.
+    pub signer: Option<String>,
+}
+
+/// The resource isolators of an Appc image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AppcResources {
+    /// Thousandths of a processor that it should have.
+    pub cpu_request: Option<u64>,
+    /// Thousandths of a processor that it may have.
+    pub cpu_limit: Option<u64>,
+    /// Bytes of memory that it may have.
+    pub memory_limit: Option<u64>,
 }
 
 /// One layer of an image.

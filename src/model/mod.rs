@@ -2,6 +2,7 @@
 //!
 //! Invariant: no IO, no tokio, no wire type. Everything that is kept on disk derives `Serialize`/`Deserialize`.
 
+pub mod appc;
 pub mod container;
 pub mod digest;
 pub mod error;

@@ -1,10 +1,12 @@
-//! Image references: `[host[:port]/]path[:tag][@digest]`, normalised as Docker does (cri-behaviour §13.1).
+//! Image references: `[host[:port]/]path[:tag][@digest]`, normalised as Docker does (cri-behaviour §13.1), and names of Appc images
+//! ([`super::appc`]).
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::appc;
 use super::digest::Digest;
 use super::error::Error;
 
@@ -20,6 +22,8 @@ pub struct Reference {
     tag: Option<String>,
     digest: Option<Digest>,
     written: Written,
+    /// Set when it names an Appc image: then this is the name, and the other parts say the same in Docker's words.
+    appc: Option<Box<appc::Name>>,
 }
 
 /// How a name was written: what it leaves open, settings may decide. No part of what the reference is.
@@ -67,6 +71,11 @@ impl Reference {
         }
     }
 
+    /// The Appc image that it names, if it does.
+    pub fn appc(&self) -> Option<&appc::Name> {
+        self.appc.as_deref()
+    }
+
     /// The same, as if written in full.
     #[must_use]
     pub fn settled(&self) -> Self {
@@ -76,7 +85,8 @@ impl Reference {
     /// The same tag and digest of another repository.
     #[must_use]
     pub fn renamed(&self, registry: &str, repository: &str) -> Self {
-        Self { registry: registry.to_owned(), repository: repository.to_owned(), tag: self.tag.clone(), digest: self.digest.clone(), written: Written::Full }
+        let (tag, digest) = (self.tag.clone(), self.digest.clone());
+        Self { registry: registry.to_owned(), repository: repository.to_owned(), tag, digest, written: Written::Full, appc: None }
     }
 
     /// `docker.io`, `localhost:5000`.
@@ -107,6 +117,7 @@ impl Reference {
     /// What a pull of this records under `repo_tags`: nothing when pulled by digest.
     pub fn repo_tag(&self) -> Option<String> {
         match (&self.tag, &self.digest) {
+            _ if self.appc.is_some() => self.appc().map(|name| name.without_id().to_string()),
             (Some(tag), None) => Some(format!("{}:{tag}", self.name())),
             _ => None,
         }
@@ -114,7 +125,23 @@ impl Reference {
 
     /// What it records under `repo_digests`, given the digest the registry served.
     pub fn repo_digest(&self, served: &Digest) -> String {
-        format!("{}@{served}", self.name())
+        match self.appc() {
+            Some(name) => name.with_id(served).to_string(),
+            None => format!("{}@{served}", self.name()),
+        }
+    }
+}
+
+impl From<appc::Name> for Reference {
+    fn from(name: appc::Name) -> Self {
+        Self {
+            registry: appc::HOST.to_owned(),
+            repository: name.name.clone(),
+            tag: name.labels.get(appc::VERSION).cloned(),
+            digest: name.id.clone(),
+            written: Written::Full,
+            appc: Some(Box::new(name)),
+        }
     }
 }
 
@@ -125,6 +152,9 @@ impl FromStr for Reference {
         let bad = |why: &str| Error::invalid(format!("parse image reference {:?}: {why}", s.chars().take(80).collect::<String>()));
         if s.is_empty() || s.len() > MAX_LEN {
             return Err(bad("empty or too long"));
+        }
+        if let Some(name) = s.strip_prefix(appc::SCHEME).or_else(|| s.strip_prefix(appc::HOST)?.strip_prefix('/')) {
+            return appc::Name::parse(name).map(Self::from);
         }
         let (rest, digest) = match s.split_once('@') {
             Some((rest, d)) => (rest, Some(d.parse::<Digest>().map_err(|e| e.within(format!("parse image reference {s:?}")))?)),
@@ -157,7 +187,7 @@ impl FromStr for Reference {
         }
         let repository = if registry == "docker.io" && !path.contains('/') { format!("library/{path}") } else { path.to_owned() };
         let tag = if tag.is_none() && digest.is_none() { Some("latest".to_owned()) } else { tag };
-        Ok(Self { registry: registry.to_owned(), repository, tag, digest, written })
+        Ok(Self { registry: registry.to_owned(), repository, tag, digest, written, appc: None })
     }
 }
 
@@ -191,6 +221,9 @@ impl From<Reference> for String {
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(name) = self.appc() {
+            return name.fmt(f);
+        }
         write!(f, "{}/{}", self.registry, self.repository)?;
         if let Some(tag) = &self.tag {
             write!(f, ":{tag}")?;
@@ -230,6 +263,25 @@ mod tests {
             assert_eq!(reference.settled(), reference);
             assert_eq!(reference.settled().written_short(), None);
         }
+    }
+
+    #[test]
+    fn appc_images_have_names_of_their_own() {
+        let id = "b".repeat(128);
+        for (given, full) in [
+            ("appc://example.com/app", "appc://example.com/app".to_owned()),
+            ("appc.invalid/example.com/app:1.2", "appc://example.com/app:1.2".to_owned()),
+            (&format!("appc.invalid/a:1@sha512:{id}"), format!("appc://a:1@sha512-{id}")),
+        ] {
+            let reference: Reference = given.parse().unwrap();
+            assert_eq!(reference.to_string(), full);
+            assert!(reference.appc().is_some() && reference.written_short().is_none());
+        }
+        let reference: Reference = "appc://a:1?os=linux".parse().unwrap();
+        assert_eq!(reference.repo_tag().as_deref(), Some("appc://a:1?os=linux"));
+        assert_eq!(reference.repo_digest(&format!("sha512:{id}").parse().unwrap()), format!("appc://a:1?os=linux@sha512-{id}"));
+        assert_ne!(reference, "appc.invalid:443/a:1".parse().unwrap());
+        assert!("appc://A".parse::<Reference>().is_err());
     }
 
     #[test]

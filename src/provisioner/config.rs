@@ -48,6 +48,16 @@ pub struct Config {
     pub proxy: Proxy,
     /// How to read `hdfs://` URIs.
     pub hdfs: Hdfs,
+    /// What comes before `NAME-VERSION-OS-ARCH.aci` in the URI of an Appc image: `http://`, `https://host/path/`, a path
+    /// (also `file://`), `hdfs://…`.
+    pub appc_simple_discovery_uri_prefix: String,
+    /// Keyring of GnuPG. If set, Appc images are taken only with a signature (`….aci.asc` beside the archive) by a key in it.
+    pub appc_keyring: PathBuf,
+    /// Mesos's directory of Appc images. Nothing is kept there: all images share one store, below `root`.
+    pub appc_store_dir: PathBuf,
+    /// Which formats may be pulled; from `image_providers`.
+    #[serde(skip)]
+    pub formats: Formats,
     /// Images never collected automatically: full references, or prefixes ending in `*`.
     pub pinned: Vec<String>,
     /// Backend for root filesystems: `overlay`, `aufs`, `copy`; `bind` (read-only); `erofs` (layers kept as one image each). Empty
@@ -63,6 +73,21 @@ pub struct Config {
     /// The same in Mesos's form, instead of thresholds in `gc`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_gc_config: Option<ImageGcConfig>,
+}
+
+/// Formats of images that may be pulled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Formats {
+    /// Docker and OCI.
+    pub docker: bool,
+    /// Appc.
+    pub appc: bool,
+}
+
+impl Default for Formats {
+    fn default() -> Self {
+        Self { docker: true, appc: true }
+    }
 }
 
 /// Bounds against hostile images. A pull that hits one fails with `ResourceExhausted` and leaves nothing behind.
@@ -100,6 +125,10 @@ impl Default for Config {
             registry_config_dir: PathBuf::new(),
             proxy: Proxy::default(),
             hdfs: Hdfs::default(),
+            appc_simple_discovery_uri_prefix: "http://".to_owned(),
+            appc_keyring: PathBuf::new(),
+            appc_store_dir: PathBuf::new(),
+            formats: Formats::default(),
             pinned: Vec::new(),
             backend: String::new(),
             backend_by_probe: false,

@@ -72,6 +72,9 @@ impl Provisioner {
     /// # Errors
     /// When its directories cannot be used or the configured backend cannot work here.
     pub async fn open(config: Config, layout: Layout) -> Result<Arc<Self>> {
+        if !config.appc_store_dir.as_os_str().is_empty() {
+            tracing::warn!("appc_store_dir is not used: images of all formats share the store in {}", layout.store().display());
+        }
         blocking::run("open image store", move || {
             let policy = Policy::new(&config)?;
             let layers = Layers::open(&layout)?;
@@ -141,7 +144,7 @@ impl Inner {
     /// beginning of an id stays one unless there is an image of that name.
     pub(super) fn key<'a>(&self, key: &'a str) -> Cow<'a, str> {
         let hex = key.bytes().all(|b| b.is_ascii_hexdigit());
-        if key.starts_with("sha256:") || (hex && key.len() == 64) {
+        if ["sha256:", "sha512:", "sha512-"].iter().any(|a| key.starts_with(a)) || (hex && matches!(key.len(), 64 | 128)) {
             return Cow::Borrowed(key);
         }
         match self.config.qualify_key(key) {

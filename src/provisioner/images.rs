@@ -173,8 +173,11 @@ impl Images {
     }
 
     fn find(maps: &Maps, key: &str) -> Option<Arc<Image>> {
-        let bare = key.strip_prefix("sha256:").unwrap_or(key);
-        if let Some(image) = maps.images.get(bare) {
+        // Appc writes a hyphen behind the algorithm.
+        let algorithms = ["sha256:", "sha512:", "sha512-"];
+        let (algorithm, bare) = algorithms.iter().find_map(|a| Some((&a[..6], key.strip_prefix(a)?))).unwrap_or(("", key));
+        let fits = |image: &&Arc<Image>| image.id.as_str().starts_with(algorithm);
+        if let Some(image) = maps.images.get(bare).filter(fits) {
             return Some(image.clone());
         }
         if let Ok(reference) = key.parse::<Reference>() {
@@ -189,7 +192,7 @@ impl Images {
         if bare.len() < MIN_PREFIX || !bare.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return None;
         }
-        let mut found = maps.images.range(bare.to_owned()..).take_while(|(id, _)| id.starts_with(bare));
+        let mut found = maps.images.range(bare.to_owned()..).take_while(|(id, _)| id.starts_with(bare)).filter(|(_, image)| fits(image));
         match (found.next(), found.next()) {
             (Some((_, image)), None) => Some(image.clone()),
             _ => None,

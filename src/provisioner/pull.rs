@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use super::engine::Inner;
 use super::layers::{self, Hold, Staged};
+use super::pullers::appc;
 use super::pullers::archive::local::{self, Shelf};
 use super::pullers::artifact;
 use super::pullers::manifest::{self, Configuration, Descriptor, Document};
@@ -214,6 +215,11 @@ async fn work(inner: &Arc<Inner>, request: &PullRequest, shelf: Option<&Shelf>, 
     if let Some(shelf) = shelf {
         let tell = |event| flight.tell(&event);
         return local::pull(inner, (shelf, reference), (threads, &flight.cancel), &tell).await.map_err(within);
+    }
+    if let Some(name) = reference.appc() {
+        let tell = |event: &PullEvent| flight.tell(event);
+        let order = appc::Order { inner, credentials: request.credentials.as_ref(), cancel: &flight.cancel, threads, tell: &tell };
+        return appc::pull(&order, name).await.map_err(within);
     }
     let resolved = resolve(inner, request).await.map_err(within)?;
     flight.tell(&PullEvent::Resolved { layers: resolved.layers.iter().map(|d| (d.digest.to_string(), d.size)).collect() });

@@ -1,5 +1,6 @@
 //! The command line of `mesocri`: one file per operator command.
 
+mod pull;
 mod run;
 pub mod sample;
 mod show;
@@ -58,6 +59,7 @@ pub fn command() -> Command {
         )
         .subcommands(transfer::commands(&address))
         .subcommands(store::commands(&address))
+        .subcommand(pull::command(&address))
         .subcommand(
             Command::new("ping")
                 .about("Leave with 0 when the daemon is ready to serve")
@@ -112,6 +114,7 @@ fn dispatch(matches: &ArgMatches) -> Result<ExitCode> {
         Some(("run", m)) => runtime(1)?.block_on(run::run(m)),
         Some(("load", m)) => runtime(1)?.block_on(transfer::load(m)),
         Some(("save", m)) => runtime(1)?.block_on(transfer::save(m)),
+        Some(("pull", m)) => runtime(1)?.block_on(pull::main(m)),
         Some(("ping", m)) => {
             let wait = std::time::Duration::from_secs(m.get_one::<u64>("wait").copied().unwrap_or(0));
             runtime(1)?.block_on(run::ping(&address(m), wait))

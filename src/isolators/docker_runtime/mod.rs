@@ -3,10 +3,10 @@
 //!
 //! Everything here comes from an image, so from a stranger: it is checked as such (attack cases 13 to 18).
 
-mod lookup;
+pub(super) mod lookup;
 mod signal;
-mod user;
-mod volumes;
+pub(super) mod user;
+pub(super) mod volumes;
 
 use std::path::{Path, PathBuf};
 
@@ -47,6 +47,10 @@ impl Isolator for DockerRuntime {
     async fn prepare(&self, cx: &Cx<'_>) -> Result<LaunchPatch> {
         let Some(container) = &cx.container else { return Ok(LaunchPatch::default()) };
         let (spec, image) = (container.spec, &container.image.config);
+        if image.appc.is_some() {
+            // `appc/runtime` has the word.
+            return Ok(LaunchPatch::default());
+        }
         Ok(LaunchPatch {
             args: Some(args(spec, image)?),
             cwd: Some(cwd(spec, image)?),
@@ -67,7 +71,11 @@ impl Isolator for DockerRuntime {
     }
 }
 
-fn args(spec: &ContainerSpec, image: &ImageConfig) -> Result<Vec<String>> {
+/// The command: what the container says replaces what the image says, its arguments alone replace the image's.
+///
+/// # Errors
+/// `InvalidArgument` when there is none.
+pub(super) fn args(spec: &ContainerSpec, image: &ImageConfig) -> Result<Vec<String>> {
     let (first, rest) = match (spec.command.is_empty(), spec.args.is_empty()) {
         (false, _) => (&spec.command, &spec.args),
         (true, false) => (&image.entrypoint, &spec.args),
@@ -83,7 +91,11 @@ fn args(spec: &ContainerSpec, image: &ImageConfig) -> Result<Vec<String>> {
     }
 }
 
-fn cwd(spec: &ContainerSpec, image: &ImageConfig) -> Result<String> {
+/// The working directory.
+///
+/// # Errors
+/// `InvalidArgument` for one that no path can be.
+pub(super) fn cwd(spec: &ContainerSpec, image: &ImageConfig) -> Result<String> {
     let asked = spec.working_dir.as_deref().filter(|d| !d.is_empty()).unwrap_or(&image.working_dir);
     if asked.bytes().any(|b| b == 0 || b == b'\n' || b == b'\r') {
         return Err(Error::invalid(format!("working directory {asked:?} holds a NUL byte or a line break")));
@@ -94,7 +106,10 @@ fn cwd(spec: &ContainerSpec, image: &ImageConfig) -> Result<String> {
 }
 
 /// In this order, a later value of a name replacing an earlier one: defaults, the image's, the container's.
-fn env(pod: &PodSpec, spec: &ContainerSpec, image: &ImageConfig) -> Result<Vec<(String, Vec<u8>)>> {
+///
+/// # Errors
+/// `InvalidArgument` for what no environment can hold.
+pub(super) fn env(pod: &PodSpec, spec: &ContainerSpec, image: &ImageConfig) -> Result<Vec<(String, Vec<u8>)>> {
     let mut env: Vec<(String, Vec<u8>)> = vec![("PATH".into(), PATH.into())];
     if spec.tty {
         env.push(("TERM".into(), "xterm".into()));
@@ -116,7 +131,8 @@ fn env(pod: &PodSpec, spec: &ContainerSpec, image: &ImageConfig) -> Result<Vec<(
     Ok(env)
 }
 
-fn stop_signal(container: &ContainerCx<'_>) -> i32 {
+/// The signal that asks the first process to end.
+pub(super) fn stop_signal(container: &ContainerCx<'_>) -> i32 {
     let image = &container.image.config.stop_signal;
     container
         .spec

@@ -126,7 +126,7 @@ impl Policy {
             (Some(_), 1..) => return Err(Error::invalid("configure collection: both image_gc_config and gc.high_percent are set; use one of them")),
             (Some(mesos), 0) => {
                 for image in &mesos.excluded_images {
-                    excluded.push(pattern(name_of(image)?)?);
+                    excluded.push(excluded_name(image)?);
                 }
                 Some(as_mesos(mesos)?)
             }
@@ -155,10 +155,12 @@ fn as_mesos(mesos: &ImageGcConfig) -> Result<Trigger> {
     Ok(Trigger { high: 1.0 - headroom, low: None, interval: Duration::from_nanos(interval) })
 }
 
-fn name_of(image: &ExcludedImage) -> Result<&str> {
+fn excluded_name(image: &ExcludedImage) -> Result<String> {
     match image {
-        ExcludedImage::Name(name) => Ok(name),
-        ExcludedImage::Image { docker: Some(image), appc: None, .. } | ExcludedImage::Image { docker: None, appc: Some(image), .. } => Ok(&image.name),
+        ExcludedImage::Name(name) => pattern(name),
+        ExcludedImage::Image { docker: Some(image), appc: None, .. } => pattern(&image.name),
+        // All versions: which one is meant would be said by labels, which nobody can say here.
+        ExcludedImage::Image { docker: None, appc: Some(image), .. } => pattern(&format!("{}{}", crate::model::appc::SCHEME, image.name)),
         ExcludedImage::Image { .. } => Err(Error::invalid("configure collection: an excluded image needs exactly one of docker and appc")),
     }
 }
@@ -169,6 +171,14 @@ pub(super) fn pattern(text: &str) -> Result<String> {
         return Ok(text.to_owned());
     }
     let reference: Reference = text.parse()?;
+    if let Some(name) = reference.appc().filter(|name| name.id.is_none()) {
+        // The store has all labels; those that are not said may be any.
+        return Ok(match (name.labels.len(), name.labels.contains_key(crate::model::appc::VERSION)) {
+            (0, _) => format!("{name}:*"),
+            (1, true) => format!("{name}?*"),
+            _ => name.to_string(),
+        });
+    }
     Ok(reference.digest().map_or_else(|| reference.to_string(), |digest| reference.repo_digest(digest)))
 }
 

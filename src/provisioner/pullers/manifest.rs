@@ -245,6 +245,7 @@ pub fn configuration(bytes: &[u8], layers: usize, platform: &Platform) -> Result
         architecture,
         os,
         created: raw.created.unwrap_or_default(),
+        appc: None,
     };
     Ok(Configuration { config, diff_ids })
 }

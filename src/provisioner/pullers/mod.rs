@@ -1,5 +1,6 @@
 //! Pullers bring images in: from registries, from archives. Each ends in the same verified layers in staging.
 
+pub mod appc;
 pub mod archive;
 pub mod artifact;
 mod auth;

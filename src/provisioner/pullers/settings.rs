@@ -94,6 +94,18 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` when short names are refused, or an alias is no name.
     pub fn qualify(&self, reference: &Reference) -> Result<Reference> {
+        if let Some(name) = reference.appc() {
+            let platform = self.platform();
+            let (os, arch) = super::appc::manifest::words(&platform);
+            return if self.formats.appc {
+                Ok(name.with_defaults(os, arch).into())
+            } else {
+                Err(Error::invalid(format!("pull image {reference}: image_providers does not contain appc")))
+            };
+        }
+        if !self.formats.docker {
+            return Err(Error::invalid(format!("pull image {reference}: image_providers does not contain docker")));
+        }
         let Some(written) = reference.written_short() else { return Ok(reference.settled()) };
         if let Some(alias) = self.short_name_aliases.get(written) {
             let target: Reference = alias.parse().map_err(|e: Error| e.within(format!("read alias of {written}")))?;
@@ -118,7 +130,9 @@ impl Config {
     /// The key under which the image that `key` names is found: as [`Config::qualify`] has it. Ids stay what they are.
     pub fn qualify_key(&self, key: &str) -> Option<String> {
         let reference: Reference = key.parse().ok()?;
-        reference.written_short()?;
+        if reference.appc().is_none() {
+            reference.written_short()?;
+        }
         let full = self.qualify(&reference).ok()?;
         (full != reference).then(|| full.to_string())
     }

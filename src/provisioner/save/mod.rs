@@ -85,6 +85,10 @@ pub(super) async fn save(inner: &Arc<Inner>, keys: Vec<String>, format: Format, 
                 let why = "it is an artifact, whose files cannot be told from its manifest any more; copy it with a registry's tools";
                 return Err(Error::new(Kind::Unimplemented, format!("save {key}: {why}")));
             }
+            if image.config.appc.is_some() {
+                let why = "it is an appc image, whose manifest no other tool takes for a configuration; copy its archives";
+                return Err(Error::new(Kind::Unimplemented, format!("save {key}: {why}")));
+            }
             let names = names(&inner, key, &image);
             match images.iter_mut().find(|(i, _)| i.id == image.id) {
                 Some((_, known)) => known.extend(names.into_iter().filter(|n| !known.contains(n)).collect::<Vec<_>>()),

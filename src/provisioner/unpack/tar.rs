@@ -12,7 +12,7 @@ const BLOCK: usize = 512;
 /// Longest extended header (PAX records, GNU long names): room for many extended attributes of 64 KiB, the kernel's bound.
 const MAX_EXTENDED: u64 = 1 << 20;
 /// Longest path or link target: the kernel's `PATH_MAX`.
-const MAX_PATH: usize = 4096;
+pub const MAX_PATH: usize = 4096;
 /// Most fragments of a sparse file.
 const MAX_FRAGMENTS: usize = 65_536;
 
@@ -360,7 +360,11 @@ fn owner(extended: Option<u32>, header: impl FnOnce() -> Result<u64>) -> Result<
     }
 }
 
-fn verify_checksum(header: &tar::Header, block: &[u8; BLOCK]) -> Result<()> {
+/// Whether a header is whole.
+///
+/// # Errors
+/// `DataLoss` when its checksum is wrong.
+pub fn verify_checksum(header: &tar::Header, block: &[u8; BLOCK]) -> Result<()> {
     let sum: u32 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { u32::from(b' ') } else { u32::from(*b) }).sum();
     if header.cksum().map_err(bad)? == sum { Ok(()) } else { Err(bad("header checksum is wrong")) }
 }

@@ -104,13 +104,21 @@ impl Session {
     /// # Errors
     /// As [`crate::provisioner::Images::pull`].
     pub async fn ask(&self, shared: (&Clients, &Tokens), method: Method, path: &str, common: HeaderMap, act: &str) -> Result<Response, Failure> {
-        let (clients, tokens) = shared;
         let mut url = self.host.base.clone();
         url.set_path(&format!("{}/{}/{path}", self.host.base.path().trim_end_matches('/'), self.repository));
+        self.ask_at(shared, method, &url, common, act).await
+    }
+
+    /// The same for any URL of this host.
+    ///
+    /// # Errors
+    /// As [`Session::ask`].
+    pub async fn ask_at(&self, shared: (&Clients, &Tokens), method: Method, url: &Url, common: HeaderMap, act: &str) -> Result<Response, Failure> {
+        let (clients, tokens) = shared;
         let client = match self.client.get() {
             Some(client) => client.clone(),
             None => {
-                let made = clients.get(&self.host.trust, &url)?;
+                let made = clients.get(&self.host.trust, url)?;
                 self.client.get_or_init(|| made).clone()
             }
         };

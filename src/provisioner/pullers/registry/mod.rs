@@ -13,6 +13,7 @@ pub mod client;
 pub mod exchange;
 pub mod hosts;
 mod hosts_file;
+mod plain;
 pub mod retry;
 pub(in crate::provisioner::pullers) mod throttle;
 pub(in crate::provisioner::pullers) mod transfer;

@@ -118,7 +118,7 @@ impl<'a, P: FnMut(u64)> Transfer<'a, P> {
 }
 
 /// Start and total of `bytes 5-9/10`.
-fn content_range(value: &HeaderValue) -> Option<(u64, Option<u64>)> {
+pub(super) fn content_range(value: &HeaderValue) -> Option<(u64, Option<u64>)> {
     let (range, total) = value.to_str().ok()?.trim().strip_prefix("bytes ")?.split_once('/')?;
     let start = range.split_once('-')?.0.trim().parse().ok()?;
     Some((start, total.trim().parse().ok()))
