@@ -116,9 +116,9 @@ async fn a_directory_of_archives_is_the_registry() {
         &node,
         &format!(
             "S='skopeo copy -q --src-tls-verify=false docker://{BUSYBOX}'; \
-             $S docker-archive:shelf/busybox:1.tar:busybox:1; \
+             $S docker-archive:one.tar:busybox:1; mv one.tar shelf/busybox:1.tar; \
              $S oci:shelf/corp/app:2; \
-             $S oci-archive:shelf/corp/packed:3.tar:3; gzip -k shelf/corp/packed:3.tar; mv shelf/corp/packed:3.tar.gz shelf/corp/zipped:3.tar.gz; \
+             $S oci-archive:packed.tar:3; gzip -k packed.tar; mv packed.tar shelf/corp/packed:3.tar; mv packed.tar.gz shelf/corp/zipped:3.tar.gz; \
              umoci unpack --image shelf/corp/app:2 bundle; echo more > bundle/rootfs/added; umoci repack --image shelf/corp/app:more bundle; \
              cp shelf/busybox:1.tar shelf/wrong:9.tar"
         ),
