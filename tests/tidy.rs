@@ -213,3 +213,24 @@ fn every_dependency_says_what_it_is_for() {
     }
     report("a dependency line says what it is for", &offences);
 }
+
+/// Files that the README's tables name exist, and so do the flags.
+#[test]
+fn the_readme_names_what_exists() {
+    let text = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let flags = std::fs::read_to_string(root().join("src/daemon/flags.rs")).unwrap();
+    let mut offences = Vec::new();
+    for line in text.lines().filter(|l| l.starts_with('|')) {
+        for word in line.split('`').skip(1).step_by(2) {
+            let flag = word.strip_prefix("--").map(|f| f.split('=').next().unwrap_or_default());
+            let missing = match flag {
+                Some(flag) => !flags.contains(&format!("name: \"{flag}\"")),
+                None => (word.starts_with("src/") || word.starts_with("tests/")) && !root().join(word).exists(),
+            };
+            if missing {
+                offences.push(word.to_owned());
+            }
+        }
+    }
+    report("the README names files and flags that exist", &offences);
+}

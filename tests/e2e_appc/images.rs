@@ -17,12 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::host;
 
-/// Programs that these tests are made with.
-pub fn installed() -> bool {
-    let there = |program: &&str| Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
-    ["nginx", "gpg", "gpgv", "umoci", "tar"].iter().all(there)
-}
-
 /// Runs a program to its end; it must succeed.
 pub fn run(command: &mut Command) -> Vec<u8> {
     let output = command.output().unwrap();

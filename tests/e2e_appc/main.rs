@@ -18,7 +18,7 @@ use mesocri::provisioner::{Images as _, PullRequest};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use images::{Key, Store, Web, aci, aci_of, gzip, id, installed, manifest, put, run};
+use images::{Key, Store, Web, aci, aci_of, gzip, id, manifest, put, run};
 
 /// Files of a provisioned root filesystem of the backend `copy`, relative.
 async fn files(store: &Store, container: &str, image: &mesocri::model::image::Image) -> BTreeSet<String> {
@@ -31,9 +31,6 @@ async fn files(store: &Store, container: &str, image: &mesocri::model::image::Im
 
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_discovered_with_all_that_lies_below_them() {
-    if !installed() {
-        return;
-    }
     let web = Web::start();
     let base = aci_of(&manifest("example.com/base", "1.0", json!({})), &["etc/base", "etc/both"]);
     let tools = aci_of(
@@ -114,9 +111,6 @@ async fn images_are_discovered_with_all_that_lies_below_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_what_was_asked_for_is_refused() {
-    if !installed() {
-        return;
-    }
     let web = Web::start();
     let store = Store::at(&web.prefix()).await;
     let good = aci_of(&manifest("good", "latest", json!({})), &["a"]);
@@ -162,9 +156,6 @@ async fn what_is_not_what_was_asked_for_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_whitelist_leaves_nothing_else() {
-    if !installed() {
-        return;
-    }
     let web = Web::start();
     let config = Config { appc_simple_discovery_uri_prefix: web.prefix(), backend: "copy".into(), pull_retries: 0, ..Config::default() };
     let store = Store::new(config).await;
@@ -182,9 +173,6 @@ async fn a_whitelist_leaves_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_place() {
-    if !installed() {
-        return;
-    }
     let web = Web::start();
     let plain = aci_of(&manifest("example.com/app", "latest", json!({})), &["a"]);
     web.serve("example.com/app", "latest", &gzip(&plain));
@@ -219,9 +207,6 @@ async fn every_kind_of_place() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn signatures_are_asked_for_once_there_is_a_keyring() {
-    if !installed() {
-        return;
-    }
     let web = Web::start();
     let (ours, theirs) = (Key::new("ours@example.com"), Key::new("theirs@example.com"));
     let keyring = web.dir.path().join("keyring.gpg");
@@ -295,9 +280,6 @@ fn prefixed(layer: &[u8]) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_layer_of_oci_and_appc_is_kept_once() {
-    if !installed() {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let layout = dir.path().join("oci").display().to_string();
     let image = format!("{layout}:tag");
