@@ -65,6 +65,13 @@ impl Bench {
             engine.stop();
         }
         host::run("umount", &["-l", &self.store.display().to_string()]);
+        // containerd leaves its parent group, which would keep alive the hierarchy that was made for crun: every process of the machine
+        // would see it from then on.
+        if let Ok(groups) = std::fs::read_dir("/sys/fs/cgroup") {
+            for hierarchy in groups.flatten() {
+                let _ = std::fs::remove_dir(hierarchy.path().join("k8s.io"));
+            }
+        }
     }
 }
 
