@@ -16,7 +16,7 @@ fn own_mounts_for_crun() {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
-    common::host::hugetlb_as_v1();
+    common::host::v1_alone();
 }
 
 /// A program that waits and needs no library: the test build of `mesocri-init` is linked dynamically.

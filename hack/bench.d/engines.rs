@@ -40,7 +40,7 @@ impl Bench {
         // As on every node: what a reboot may lose is in memory.
         host::run("mount", &["-t", "tmpfs", "tmpfs", "/run"]);
         node.start_registry();
-        host::hugetlb_as_v1();
+        host::v1_alone();
         // A fresh journalled file system: the machine's own may be slow at reusing deleted inodes.
         let store = node.dir.path().join("store");
         std::fs::create_dir_all(&store).unwrap();
