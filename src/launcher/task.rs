@@ -23,6 +23,12 @@ const STDIN: &str = "stdin";
 
 impl ShimLauncher {
     pub(super) async fn create(&self, pod: &Pod, id: &ContainerId, launch: &TaskLaunch) -> Result<u32> {
+        if pod.whose == Whose::Foreign && launch.rootfs.iter().any(needs_images) {
+            return Err(Error::precondition(
+                "start container under another runtime's shim: its root filesystem is made of layer images, which only our own shim mounts; \
+                 use the default runtime handler, or image_provisioner_backend=copy",
+            ));
+        }
         let dir = self.layout.bundle(&pod.id, id);
         bundle::write(&dir, &launch.plan)?;
         let created = self.create_in(pod, id, launch, &dir).await;
@@ -222,4 +228,24 @@ pub(super) fn code(status: u32) -> i32 {
 
 fn nanoseconds(time: Option<&Timestamp>) -> i64 {
     time.map_or(0, |t| t.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(t.nanos)))
+}
+
+/// Whether layers are kept as images that the mount itself must mount first: an extension of ours to containerd's mounts.
+fn needs_images(mount: &RootMount) -> bool {
+    let lower = mount.options.iter().filter_map(|o| o.strip_prefix("lowerdir="));
+    mount.fstype == "erofs" || lower.flat_map(|l| l.split(':')).any(|layer| crate::disk::layer::is_image(Path::new(layer)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_below_an_overlay_are_seen() {
+        let mount = |fstype: &str, option: &str| RootMount { fstype: fstype.into(), source: "overlay".into(), options: vec![option.into()] };
+        assert!(needs_images(&mount("overlay", "lowerdir=/s/1/fs:/s/2/fs.erofs")));
+        assert!(needs_images(&mount("erofs", "ro")));
+        assert!(!needs_images(&mount("overlay", "lowerdir=/s/1.erofs/fs:/s/2/fs")));
+        assert!(!needs_images(&mount("bind", "rw")));
+    }
 }
