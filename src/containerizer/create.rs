@@ -133,7 +133,18 @@ async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Resul
     // Pushed before the act: cleanup is promised also to isolators that failed half-way.
     let (p, made) = (parts.clone(), pod.clone());
     undo.push("clean up isolators", move || async move { all(p.isolators.cleanup(&made.id, &made.spec, None).await) });
-    let plan = parts.isolators.prepare(&Cx { pod_id: &pod.id, pod: &pod.spec, container: None }).await?;
+    let (p, made) = (parts.clone(), pod.clone());
+    undo.push("end shim", move || async move { p.launcher.delete_sandbox(&made.id, &made.spec.runtime_handler, None).await.map_err(|e| e.to_string()) });
+    // The shim's process comes up while the isolators work; spawning it is the first thing done, so that the other core has it.
+    let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: None };
+    let shim = async {
+        let started = parts.launcher.start_shim(&pod.id, &pod.spec.runtime_handler).await;
+        failpoint::hit("run_pod.shim_started");
+        started
+    };
+    let (shim, plan) = tokio::join!(shim, parts.isolators.prepare(&cx));
+    let plan = plan?;
+    shim?;
     failpoint::hit("run_pod.prepared");
 
     let sandbox = parts.launcher.create_sandbox(&pod.id, &pod.spec.runtime_handler, &plan).await?;

@@ -20,8 +20,16 @@ pub fn write(dir: &Path, plan: &LaunchPlan) -> Result<()> {
     result
 }
 
+/// Makes the directory alone, unless it is there.
+///
+/// # Errors
+/// I/O errors with the path.
+pub fn make_dir(dir: &Path) -> Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create bundle", dir.display())
+}
+
 fn write_into(dir: &Path, plan: &LaunchPlan) -> Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).act("create bundle", dir.display())?;
+    make_dir(dir)?;
     let config = dir.join(CONFIG);
     std::fs::write(&config, serde_json::to_vec(&plan.spec).act("encode", config.display())?).act("write", config.display())?;
     if plan.extras != Extras::default() {

@@ -23,6 +23,8 @@ pub struct Client {
     task: &'static str,
     /// Bound of calls that do not wait for a process.
     limit: Duration,
+    /// Process that opened the socket.
+    listener: Option<u32>,
 }
 
 impl Client {
@@ -39,7 +41,16 @@ impl Client {
             Ok(stream) => stream.act("connect to shim", path)?,
             Err(_) => return Err(Error::new(Kind::DeadlineExceeded, format!("connect to shim {path}"))),
         };
-        Ok(Self { connection: Connection::new(Socket::from(stream)), task, limit })
+        let listener = stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(|pid| u32::try_from(pid).ok());
+        Ok(Self { connection: Connection::new(Socket::from(stream)), task, limit, listener })
+    }
+
+    /// The process that opened the socket, as the kernel says (`SO_PEERCRED`): the shim itself where it does not fork to serve.
+    ///
+    /// # Errors
+    /// When it is not in a process namespace that we see.
+    pub fn listener(&self) -> Result<u32> {
+        self.listener.filter(|pid| *pid != 0).ok_or_else(|| Error::internal("find shim process: the socket names none"))
     }
 
     /// Calls a method of the task service that does not wait for a process.

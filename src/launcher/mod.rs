@@ -122,7 +122,14 @@ pub trait Launcher: Send + Sync {
         handler.is_empty() || self.handlers().iter().any(|h| h == handler)
     }
 
-    /// Starts the pod's shim and its sandbox. Nothing is left behind on failure.
+    /// Starts the pod's shim ahead of its sandbox, so that it is up when the plan is ready. Does nothing where a shim needs the plan
+    /// to start. Also after a failure, [`Launcher::delete_sandbox`] takes back what was started.
+    ///
+    /// # Errors
+    /// As [`Launcher::create_sandbox`].
+    async fn start_shim(&self, pod: &PodId, handler: &str) -> Result<()>;
+
+    /// Starts the pod's sandbox, and its shim unless that was started ahead. Nothing is left behind on failure.
     ///
     /// # Errors
     /// Typed, naming the step that failed in shim or init.

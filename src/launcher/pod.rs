@@ -71,6 +71,8 @@ pub struct Pod {
     pub handler: String,
     /// The connection.
     pub client: Client,
+    /// The shim's process number.
+    pub shim_pid: u32,
     /// The shim.
     pub shim: Arc<ShimProcess>,
     ended: watch::Receiver<bool>,
@@ -87,12 +89,15 @@ pub struct Logging {
 }
 
 impl Pod {
-    /// Takes charge of a connected shim.
-    pub fn new(id: PodId, whose: Whose, handler: String, client: Client, shim: ShimProcess) -> Arc<Self> {
+    /// Takes charge of a connected shim, whose process `shim_pid` is.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn new(id: PodId, whose: Whose, handler: String, client: Client, shim_pid: u32) -> Result<Arc<Self>> {
         let (tell, ended) = watch::channel(false);
-        let shim = Arc::new(shim);
+        let shim = Arc::new(ShimProcess::open(shim_pid)?);
         tokio::spawn(watch_end(id.clone(), whose, client.clone(), shim.clone(), tell));
-        Arc::new(Self { id, whose, handler, client, shim, ended, pumps: Mutex::default() })
+        Ok(Arc::new(Self { id, whose, handler, client, shim_pid, shim, ended, pumps: Mutex::default() }))
     }
 
     /// Resolves when the sandbox has ended.

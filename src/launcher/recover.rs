@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::client::Client;
-use super::pod::{Pod, ShimProcess, Whose};
+use super::pod::{Pod, Whose};
 use super::shims::{Resolved, ShimLauncher, shim_pid};
 use super::start::Program;
 use super::{Sandbox, bundle, start};
@@ -52,7 +52,7 @@ impl ShimLauncher {
     async fn adopt(&self, id: &PodId, whose: Whose, handler: &str, sandbox: &Sandbox, task: &'static str, pid: u32) -> Result<()> {
         // A connection of its own: the probe's had the short limit of recovery.
         let client = Client::connect(&sandbox.address, task, self.config.request_limit()).await?;
-        let pod = Pod::new(id.clone(), whose, handler.to_owned(), client, ShimProcess::open(pid)?);
+        let pod = Pod::new(id.clone(), whose, handler.to_owned(), client, pid)?;
         if whose == Whose::Foreign {
             for container in self.bundled_containers(id)? {
                 super::foreign::reattach_log(&pod, &container, &self.layout.bundle(id, &container))?;

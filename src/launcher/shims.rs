@@ -12,7 +12,7 @@ use containerd_shim_protos::sandbox_api;
 
 use super::client::Client;
 use super::config::{Config, DEFAULT_HANDLER, Handler};
-use super::pod::{Pod, ShimProcess, Whose};
+use super::pod::{Pod, Whose};
 use super::start::{Program, start};
 use super::{ExecOutput, ExecSpec, Launcher, Sandbox, TaskLaunch, TaskState, bundle};
 use crate::disk::Layout;
@@ -81,35 +81,51 @@ impl ShimLauncher {
     }
 
     async fn sandbox(&self, id: &PodId, handler: &str, plan: &LaunchPlan) -> Result<Sandbox> {
-        let (whose, program) = match self.resolve(handler)? {
-            Resolved::Ours => (Whose::Ours, None),
-            Resolved::Foreign(handler) => (Whose::Foreign, Some(Program::Path(handler.program()?))),
-        };
         let dir = self.layout.sandbox_bundle(id);
-        let written = plan.clone();
-        let bundle_dir = dir.clone();
-        match whose {
-            Whose::Ours => bundle::write(&dir, plan)?,
-            Whose::Foreign => {
-                let pause = self.config.clone();
-                let pod = id.clone();
-                blocking::run("write sandbox bundle", move || super::foreign::write_pause(&pause, &pod, &bundle_dir, written)).await?;
+        match self.resolve(handler)? {
+            Resolved::Ours => {
+                let pod = match self.known(id) {
+                    Some(started) => started,
+                    None => self.start_ours(id, handler).await?,
+                };
+                bundle::write(&dir, plan)?;
+                let pid = start_sandbox(&pod, &dir, self.config.request_limit()).await?;
+                let namespaces = namespaces(plan, Whose::Ours, pid, pod.shim_pid);
+                Ok(Sandbox { pid, shim_pid: pod.shim_pid, address: self.address(id), namespaces })
+            }
+            Resolved::Foreign(foreign) => {
+                let (pause, of, bundle_dir, written) = (self.config.clone(), id.clone(), dir.clone(), plan.clone());
+                blocking::run("write sandbox bundle", move || super::foreign::write_pause(&pause, &of, &bundle_dir, written)).await?;
+                let limit = self.config.request_limit();
+                let started = start(&Program::Path(foreign.program()?), id, &dir, &self.layout.shim_socket(id), limit).await?;
+                let client = Client::connect(&started.address, started.task, limit).await?;
+                let shim_pid = shim_pid(&client, id).await?;
+                let pod = Pod::new(id.clone(), Whose::Foreign, handler.to_owned(), client, shim_pid)?;
+                // From here on the shim is found by its pod, also when a later step fails.
+                self.remember(pod.clone());
+                let pid = self.start_pause(&pod, &dir).await?;
+                let namespaces = namespaces(plan, Whose::Foreign, pid, shim_pid);
+                Ok(Sandbox { pid, shim_pid, address: started.address, namespaces })
             }
         }
+    }
+
+    /// Starts our shim in the pod's bundle, which may be empty still: it reads the bundle when it makes the sandbox.
+    async fn start_ours(&self, id: &PodId, handler: &str) -> Result<Arc<Pod>> {
+        let dir = self.layout.sandbox_bundle(id);
+        bundle::make_dir(&dir)?;
         let limit = self.config.request_limit();
-        let started = start(program.as_ref().unwrap_or(&self.ours), id, &dir, &self.layout.shim_socket(id), limit).await?;
-        let task = if whose == Whose::Ours { TASK_V3 } else { started.task };
-        let client = Client::connect(&started.address, task, limit).await?;
-        let shim_pid = shim_pid(&client, id).await?;
-        let pod = Pod::new(id.clone(), whose, handler.to_owned(), client, ShimProcess::open(shim_pid)?);
-        // From here on the shim is found by its pod, also when a later step fails.
+        let started = start(&self.ours, id, &dir, &self.layout.shim_socket(id), limit).await?;
+        let client = Client::connect(&started.address, TASK_V3, limit).await?;
+        let shim_pid = client.listener()?;
+        let pod = Pod::new(id.clone(), Whose::Ours, handler.to_owned(), client, shim_pid)?;
         self.remember(pod.clone());
-        let pid = match whose {
-            Whose::Ours => start_sandbox(&pod, &dir, limit).await?,
-            Whose::Foreign => self.start_pause(&pod, &dir).await?,
-        };
-        let namespaces = namespaces(plan, whose, pid, shim_pid);
-        Ok(Sandbox { pid, shim_pid, address: started.address, namespaces })
+        Ok(pod)
+    }
+
+    /// Where our shim of a pod listens.
+    fn address(&self, id: &PodId) -> String {
+        format!("unix://{}", self.layout.shim_socket(id).display())
     }
 
     /// What a shim left in its bundle that started while the daemon died: where it listens.
@@ -178,6 +194,14 @@ impl Launcher for ShimLauncher {
     fn handlers(&self) -> Vec<String> {
         let named = self.config.handlers.keys().filter(|name| *name != DEFAULT_HANDLER);
         std::iter::once(DEFAULT_HANDLER).map(str::to_owned).chain(named.cloned()).collect()
+    }
+
+    async fn start_shim(&self, pod: &PodId, handler: &str) -> Result<()> {
+        match self.resolve(handler)? {
+            Resolved::Ours => self.start_ours(pod, handler).await.map(drop),
+            // Others read the bundle when they start, and that needs the plan.
+            Resolved::Foreign(_) => Ok(()),
+        }
     }
 
     async fn create_sandbox(&self, pod: &PodId, handler: &str, plan: &LaunchPlan) -> Result<Sandbox> {

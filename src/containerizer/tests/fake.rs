@@ -201,6 +201,12 @@ impl Launcher for FakeLauncher {
         vec!["mesocri".into(), "other".into()]
     }
 
+    async fn start_shim(&self, pod: &PodId, _: &str) -> Result<()> {
+        self.0.pass("start_shim").await?;
+        self.0.hold_thing(format!("shim {pod}"));
+        Ok(())
+    }
+
     async fn create_sandbox(&self, pod: &PodId, _: &str, _: &LaunchPlan) -> Result<Sandbox> {
         self.0.pass("create_sandbox").await?;
         self.0.sandboxes.lock().unwrap().insert(pod.clone(), watch::Sender::new(true));
@@ -234,6 +240,7 @@ impl Launcher for FakeLauncher {
             self.0.drop_thing(&format!("task {id}"));
         }
         self.0.drop_thing(&format!("sandbox {pod}"));
+        self.0.drop_thing(&format!("shim {pod}"));
         Ok(())
     }
 

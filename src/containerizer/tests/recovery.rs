@@ -142,7 +142,7 @@ fn dead_shims_and_reboots_leave_pods_that_can_be_removed() {
 
 #[test]
 fn half_made_pods_and_containers_are_undone_wherever_the_crash_came() {
-    for step in ["prepare pod", "create_sandbox", "provision", "prepare container", "create_task", "isolate"] {
+    for step in ["start_shim", "prepare pod", "create_sandbox", "provision", "prepare container", "create_task", "isolate"] {
         let old = Bench::new();
         life(async {
             let engine = old.engine.clone();
