@@ -89,10 +89,7 @@ async fn a_shim_killed_while_no_daemon_runs() {
 }
 
 async fn pid_of(node: &Node, id: &str) -> i32 {
-    let request = api::ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
-    let info = node.runtime().container_status(request).await.unwrap().into_inner().info;
-    let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
-    info["pid"].as_i64().unwrap().try_into().unwrap()
+    node.process_of(id).await.unwrap().0.cast_signed()
 }
 
 fn parent_of(pid: i32) -> i32 {

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-use common::cri::{host_pod, pod, shell};
+use common::ledger::{Ledger, life};
 use common::{Node, host};
 use mesocri::wire::cri as api;
 
@@ -45,28 +45,6 @@ impl Random {
     }
 }
 
-/// A whole life on one pod, as far as the daemon lives; each step may fail because the daemon just died.
-async fn life(node: &Node, name: &str, own_network: bool) -> Result<(), tonic::Status> {
-    let image = api::ImageSpec { image: common::BUSYBOX.to_owned(), ..Default::default() };
-    node.images().pull_image(api::PullImageRequest { image: Some(image.clone()), ..Default::default() }).await?;
-    let config = if own_network { pod(node, name) } else { host_pod(node, name) };
-    let id = node.run_pod(&config).await?;
-    let stays = node.create(&id, &config, &shell("stays", "trap 'exit 3' TERM; while :; do sleep 0.05; done")).await?;
-    node.start_container(&stays).await?;
-    let ends = node.create(&id, &config, &shell("ends", "exit 5")).await?;
-    node.start_container(&ends).await?;
-    node.exec(&stays, "echo x", 5).await?;
-    let resources = api::LinuxContainerResources { cpu_shares: 512, ..Default::default() };
-    node.runtime()
-        .update_container_resources(api::UpdateContainerResourcesRequest { container_id: stays.clone(), linux: Some(resources), ..Default::default() })
-        .await?;
-    node.stop_container(&stays, 5).await?;
-    node.remove_container(&stays).await?;
-    node.remove_pod(&id).await?;
-    node.images().remove_image(api::RemoveImageRequest { image: Some(image) }).await?;
-    Ok(())
-}
-
 /// A layer rots and is fetched again, as far as the daemon lives.
 async fn mend(node: &Node) -> Result<(), tonic::Status> {
     let image = api::ImageSpec { image: common::BUSYBOX.to_owned(), ..Default::default() };
@@ -85,24 +63,23 @@ async fn mend(node: &Node) -> Result<(), tonic::Status> {
 }
 
 /// What must hold after any crash, on a freshly started daemon; then everything is removed and nothing may be left.
-async fn settle(node: &Node, what: &str, before: &host::Snapshot) {
+async fn settle(node: &Node, what: &str, ledgers: &[Ledger], checked: &mut BTreeSet<&'static str>, before: &host::Snapshot) {
     for pod in node.pods().await {
         let status = node.pod_status(&pod.id).await.unwrap_or_else(|e| panic!("{what}: listed pod has no status: {e}"));
         assert_eq!(status.state, pod.state, "{what}");
     }
     for container in node.containers().await {
         let status = node.status(&container.id).await.unwrap_or_else(|e| panic!("{what}: listed container has no status: {e}"));
-        if status.state == api::ContainerState::ContainerRunning as i32 && status.metadata.as_ref().unwrap().name == "stays" {
-            let exec = node.exec(&container.id, "echo alive", 5).await;
-            assert_eq!(exec.unwrap_or_else(|e| panic!("{what}: a running container takes no exec: {e}")).1, "alive\n", "{what}");
-        }
-        if container.metadata.as_ref().unwrap().name == "ends" && status.state == api::ContainerState::ContainerExited as i32 {
-            assert!(status.exit_code == 5 || status.reason == "StartError", "{what}: the real exit code is lost: {status:?}");
-        }
+        assert!(container.state != api::ContainerState::ContainerExited as i32 || status.state == container.state, "{what}: {status:?}");
+    }
+    for ledger in ledgers {
+        ledger.verify(node, what, checked).await;
     }
     // The same work again on the same names: nothing may be "reserved".
     node.remove_all_pods().await;
-    life(node, "again", true).await.unwrap_or_else(|e| panic!("{what}: a whole life fails afterwards: {e}\n{}", node.daemon_log()));
+    // Their logs are the caller's to remove.
+    std::fs::remove_dir_all(node.logs()).unwrap();
+    life(node, "again", true, &Ledger::default()).await.unwrap_or_else(|e| panic!("{what}: a whole life fails afterwards: {e}\n{}", node.daemon_log()));
     let left = before.difference(&host::Snapshot::take(&node.cgroup));
     let left: Vec<_> = left.into_iter().filter(|l| !l.starts_with("process") || !l.contains("mesocri daemon")).collect();
     assert!(left.is_empty(), "{what}: left behind: {left:#?}\n{}", node.daemon_log());
@@ -115,7 +92,7 @@ async fn settle(node: &Node, what: &str, before: &host::Snapshot) {
 async fn baseline(node: &mut Node) -> host::Snapshot {
     // The first pod makes the bridge and its table, which stay.
     node.start_daemon(&[]);
-    life(node, "first", true).await.unwrap();
+    life(node, "first", true, &Ledger::default()).await.unwrap();
     node.kill_daemon();
     host::Snapshot::take(&node.cgroup)
 }
@@ -127,11 +104,12 @@ async fn every_fail_point_is_survived() {
     let mut node = Node::prepare("");
     node.start_registry();
     let before = baseline(&mut node).await;
-    let mut passed = BTreeSet::new();
+    let (mut passed, mut checked) = (BTreeSet::new(), BTreeSet::new());
     for point in &points {
         node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
         let died = wait_ready_or_dead(&mut node);
-        let outcome = if point.starts_with("scrub.") { mend(&node).await } else { life(&node, "victim", true).await };
+        let ledger = Ledger::default();
+        let outcome = if point.starts_with("scrub.") { mend(&node).await } else { life(&node, "victim", true, &ledger).await };
         if died {
             passed.insert(point.clone());
         } else if let Err(e) = outcome {
@@ -140,15 +118,17 @@ async fn every_fail_point_is_survived() {
         } else {
             node.kill_daemon();
         }
+        ledger.meanwhile();
         // Recovery itself may die at the same point, then recover.
         node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
         wait_ready_or_dead(&mut node);
         node.kill_daemon();
         node.start_daemon(&[]);
-        settle(&node, point, &before).await;
+        settle(&node, point, &[ledger], &mut checked, &before).await;
         node.kill_daemon();
     }
     let missed: Vec<_> = points.difference(&passed).collect();
+    assert!(["runs on", "ended meanwhile", "stopped"].iter().all(|kind| checked.contains(kind)), "a promise of a kind was never put to the test: {checked:?}");
     assert!(missed.is_empty(), "nothing here passes these fail points, so nobody knows what a crash at them does: {missed:?}");
     node.finish();
 }
@@ -160,26 +140,32 @@ async fn random_kills_are_survived() {
     let mut node = Node::prepare("");
     node.start_registry();
     let before = baseline(&mut node).await;
+    let mut checked = BTreeSet::new();
     for seed in from.parse::<u64>().unwrap()..to.parse::<u64>().unwrap() {
         let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
         node.start_daemon(&[]);
         // A whole life takes some hundred milliseconds here; the kill falls anywhere in it.
         let delay = Duration::from_micros(random.below(400_000));
         let networks: Vec<bool> = (0..=random.below(3)).map(|_| random.below(2) == 0).collect();
+        let ledgers: Vec<_> = networks.iter().map(|_| Ledger::default()).collect();
         {
-            let lives = futures_util::future::join_all(networks.iter().enumerate().map(|(n, own)| {
+            let lives = futures_util::future::join_all(networks.iter().zip(&ledgers).enumerate().map(|(n, (own, ledger))| {
                 let name = format!("pod{n}");
                 let node = &node;
-                async move { life(node, &name, *own).await.is_ok() }
+                async move { life(node, &name, *own, ledger).await.is_ok() }
             }));
             // The moment of death is the test's input, not a wait for anything.
             tokio::select! { _ = lives => {}, () = tokio::time::sleep(delay) => {} }
         }
         node.kill_daemon();
+        ledgers.iter().for_each(Ledger::meanwhile);
         node.start_daemon(&[]);
-        settle(&node, &format!("seed {seed} (killed after {delay:?}, {} lives)", networks.len()), &before).await;
+        settle(&node, &format!("seed {seed} (killed after {delay:?}, {} lives)", networks.len()), &ledgers, &mut checked, &before).await;
         node.kill_daemon();
     }
+    // A few chosen seeds may miss one.
+    let missed = ["runs on", "ended meanwhile"].into_iter().find(|kind| !checked.contains(kind));
+    assert!(missed.is_none() || std::env::var("KILL_SEEDS").is_ok(), "no seed has put to the test what {missed:?}: {checked:?}");
     node.finish();
 }
 

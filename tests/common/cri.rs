@@ -138,6 +138,13 @@ impl Node {
         Ok(self.runtime().container_status(api::ContainerStatusRequest { container_id: id.to_owned(), verbose: false }).await?.into_inner().status.unwrap())
     }
 
+    /// ContainerStatus with the number of the first process; 0 when none lives.
+    pub async fn process_of(&self, id: &str) -> Result<(u32, api::ContainerStatus), Status> {
+        let answer = self.runtime().container_status(api::ContainerStatusRequest { container_id: id.to_owned(), verbose: true }).await?.into_inner();
+        let info: serde_json::Value = serde_json::from_str(&answer.info["info"]).unwrap();
+        Ok((info["pid"].as_u64().unwrap().try_into().unwrap(), answer.status.unwrap()))
+    }
+
     /// PodSandboxStatus.
     pub async fn pod_status(&self, id: &str) -> Result<api::PodSandboxStatus, Status> {
         Ok(self

@@ -7,6 +7,7 @@
 
 pub mod cri;
 pub mod host;
+pub mod ledger;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
