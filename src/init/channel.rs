@@ -43,14 +43,29 @@ pub(super) fn send(to: BorrowedFd<'_>, message: &Message, fd: Option<BorrowedFd<
     Ok(())
 }
 
-/// The next message, `None` when all children's ends are closed.
-pub(super) fn receive(from: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+/// What the parent hears.
+#[derive(Debug)]
+pub(super) enum Heard {
+    /// A message, and the descriptor that came along.
+    Message(Message, Option<OwnedFd>),
+    /// All children's ends are closed.
+    End,
+    /// There is nothing to hear yet.
+    Nothing,
+}
+
+/// The next message, without waiting for it.
+pub(super) fn receive(from: BorrowedFd<'_>) -> io::Result<Heard> {
     let mut bytes = [0; MESSAGE_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got = rustix::io::retry_on_intr(|| rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let got = match rustix::io::retry_on_intr(|| rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)) {
+        Err(rustix::io::Errno::AGAIN) => return Ok(Heard::Nothing),
+        got => got?,
+    };
     if got.bytes == 0 {
-        return Ok(None);
+        return Ok(Heard::End);
     }
     let mut fd = None;
     for message in control.drain() {
@@ -58,7 +73,7 @@ pub(super) fn receive(from: BorrowedFd<'_>) -> io::Result<Option<(Message, Optio
             fd = fd.or(fds.last());
         }
     }
-    Ok(Some((serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())?, fd)))
+    Ok(Heard::Message(serde_json::from_slice(bytes.get(..got.bytes).unwrap_or_default())?, fd))
 }
 
 /// Parent's permission to go on, or between the stages: one byte.

@@ -32,8 +32,9 @@ mod stage2;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -44,20 +45,120 @@ pub use holder::{pause, spawn_pid_holder};
 /// Step that may fail because the cgroup is not ours; a group that is in use is left alone then.
 const CREATE_CGROUP: &str = "create cgroup";
 
-/// Makes a container whose first process is set up and waits. Blocks for some milliseconds.
+/// Begins to make a container. Returns when the first child is forked.
 ///
 /// # Errors
-/// The step that failed; everything made until then is gone again.
-pub fn create(request: CreateRequest) -> Result<Blocked, StepError> {
-    parent::create(request)
+/// When nothing can be forked.
+pub fn create(request: CreateRequest) -> Result<Creation, StepError> {
+    parent::begin_create(request).map(Creation)
 }
 
-/// Runs a process in a container; returns when its execve has succeeded.
+/// Begins to run a process in a container. Returns when the first child is forked.
 ///
 /// # Errors
-/// The step that failed; the process is reaped.
-pub fn exec(request: ExecRequest) -> Result<Executed, StepError> {
-    parent::exec(request)
+/// When nothing can be forked.
+pub fn exec(request: ExecRequest) -> Result<Execution, StepError> {
+    parent::begin_exec(request).map(Execution)
+}
+
+/// Something under way that is heard of on a descriptor: readable means that [`Line::hear`] may have an answer.
+pub trait Line: AsFd + AsRawFd {
+    /// What is waited for.
+    type Born;
+
+    /// The outcome, or `None` when it is not known yet. Does not wait. After an outcome there is nothing more to hear.
+    ///
+    /// # Errors
+    /// The step that failed; what was made until then is gone again, processes are reaped.
+    fn hear(&mut self) -> Option<Result<Self::Born, StepError>>;
+
+    /// Gives up on it, without waiting for anything: its processes are killed.
+    fn abandon(self) -> Remains;
+}
+
+/// What is left of something abandoned.
+#[derive(Debug, Default)]
+pub struct Remains {
+    /// Killed children (pidfds), to be reaped by the caller; they may hang in the kernel for a while.
+    pub processes: Vec<OwnedFd>,
+    cgroup: Option<CgroupRef>,
+}
+
+impl Remains {
+    /// Takes away the cgroup, once the processes are reaped. What cannot be removed is left to the cleaning up after the container.
+    pub fn discard(self) {
+        if let Some(cgroup) = &self.cgroup {
+            parent::discard(cgroup);
+        }
+    }
+}
+
+/// A container in the making.
+#[derive(Debug)]
+pub struct Creation(parent::Birth);
+
+/// An exec in the making.
+#[derive(Debug)]
+pub struct Execution(parent::Birth);
+
+impl AsFd for Creation {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.line()
+    }
+}
+
+impl AsRawFd for Creation {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.line().as_raw_fd()
+    }
+}
+
+impl AsFd for Execution {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.line()
+    }
+}
+
+impl AsRawFd for Execution {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.line().as_raw_fd()
+    }
+}
+
+impl Line for Creation {
+    type Born = Blocked;
+
+    fn hear(&mut self) -> Option<Result<Blocked, StepError>> {
+        self.0.hear().map(|born| born.map(Blocked::from))
+    }
+
+    fn abandon(mut self) -> Remains {
+        self.0.abandon()
+    }
+}
+
+impl Line for Execution {
+    type Born = Executed;
+
+    fn hear(&mut self) -> Option<Result<Executed, StepError>> {
+        self.0.hear().map(|born| born.map(Executed::from))
+    }
+
+    fn abandon(mut self) -> Remains {
+        self.0.abandon()
+    }
+}
+
+impl From<parent::Born> for Blocked {
+    fn from(born: parent::Born) -> Self {
+        Self { pid: born.pid, pidfd: born.pidfd, console: born.console, cgroup: born.cgroup, gate: Gate { sync: born.sync } }
+    }
+}
+
+impl From<parent::Born> for Executed {
+    fn from(born: parent::Born) -> Self {
+        Self { pid: born.pid, pidfd: born.pidfd, console: born.console }
+    }
 }
 
 /// Where a process's standard streams go.
@@ -90,7 +191,7 @@ pub struct CreateRequest {
     pub stdio: Stdio,
 }
 
-/// A container whose first process is set up and waits for [`Blocked::start`]. It is a direct child of the caller.
+/// A container whose first process is set up and waits for its [`Gate`]. It is a direct child of the caller.
 #[derive(Debug)]
 pub struct Blocked {
     /// First process, in the caller's process namespace.
@@ -105,29 +206,51 @@ pub struct Blocked {
     pub gate: Gate,
 }
 
-impl Blocked {
-    /// Lets the process go on to execve; see [`Gate::open`].
-    ///
-    /// # Errors
-    /// The step that failed.
-    pub fn start(self) -> Result<(), StepError> {
-        self.gate.open()
-    }
-}
-
 /// The line to a process that waits for its start.
 #[derive(Debug)]
 pub struct Gate {
-    sync: OwnedFd,
+    sync: Arc<OwnedFd>,
 }
 
 impl Gate {
-    /// Lets the process go on and waits until its execve has succeeded.
+    /// Lets the process go on. What is heard then is that its execve has succeeded.
     ///
     /// # Errors
-    /// The step that failed, with the command's name for `exec`. The process has ended then and is the caller's to reap.
-    pub fn open(self) -> Result<(), StepError> {
-        parent::start(&self)
+    /// When the process is gone.
+    pub fn open(self) -> Result<Opening, StepError> {
+        parent::let_go(&self)?;
+        Ok(Opening { sync: self.sync })
+    }
+}
+
+/// A start under way. A failure tells the step, with the command's name for `exec`; the process has ended then and is the caller's
+/// to reap.
+#[derive(Debug)]
+pub struct Opening {
+    sync: Arc<OwnedFd>,
+}
+
+impl AsFd for Opening {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        (*self.sync).as_fd()
+    }
+}
+
+impl AsRawFd for Opening {
+    fn as_raw_fd(&self) -> RawFd {
+        self.sync.as_raw_fd()
+    }
+}
+
+impl Line for Opening {
+    type Born = ();
+
+    fn hear(&mut self) -> Option<Result<(), StepError>> {
+        parent::executed(self.as_fd())
+    }
+
+    fn abandon(self) -> Remains {
+        Remains::default()
     }
 }
 

@@ -24,6 +24,7 @@ mod extra;
 mod failure;
 mod io;
 mod kill;
+mod making;
 mod metrics;
 mod process;
 mod sandbox;

@@ -130,7 +130,8 @@ async fn supervise(process: Arc<Process>, mounts: Option<OwnedFd>, pumps: Vec<Jo
     drop(mounts);
 }
 
-async fn reap(pidfd: &AsyncFd<OwnedFd>) -> u32 {
+/// Reaps a child when it has ended; its exit code, 128+n for signal n.
+pub async fn reap(pidfd: &AsyncFd<OwnedFd>) -> u32 {
     loop {
         let Ok(mut ready) = pidfd.readable().await else { return UNKNOWN };
         match waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {

@@ -1,10 +1,11 @@
 //! The table of containers and execs of this shim, and what may be done to them when.
 //!
 //! A container is Created (first process blocked) until `start`, then Running, then Stopped until `delete`. An exec has no
-//! process before its `start`. Only this file changes the table; requests come one at a time because the thread is one.
+//! process before its `start`. Only this file changes the table. There is one thread; whatever waits does so without the table, and
+//! looks again afterwards.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::sync::{Notify, watch};
 use super::failure::step;
 use super::io::{self, Addresses, Log};
 use super::kill;
+use super::making::{Making, born};
 use super::process::{Exit, Outcome, Process, told};
 use super::sandbox::Sandbox;
 use crate::cgroups::Manager;
@@ -39,6 +41,8 @@ pub struct Supervisor {
 #[derive(Default)]
 pub struct Table {
     containers: BTreeMap<String, Container>,
+    /// Containers in the making.
+    making: BTreeMap<String, Arc<Making>>,
     /// The pod, when there is a sandbox.
     pub sandbox: Sandbox,
 }
@@ -63,6 +67,8 @@ struct Exec {
     addresses: Addresses,
     process: Option<Arc<Process>>,
     done: Arc<Outcome>,
+    /// Set by its start; told when it is to be given up before it runs.
+    starting: Option<Arc<Notify>>,
 }
 
 /// Where a process stands.
@@ -159,7 +165,8 @@ impl Supervisor {
 
     /// Ends the shim if it has nothing to look after, or in any case with `now`.
     pub fn shut_down(&self, now: bool) {
-        if now || self.table().containers.is_empty() {
+        let idle = |table: &Table| table.containers.is_empty() && table.making.is_empty();
+        if now || idle(&self.table()) {
             self.shutdown.notify_one();
         }
     }
@@ -167,35 +174,24 @@ impl Supervisor {
     /// Makes a container, its first process blocked before exec; its pid.
     ///
     /// # Errors
-    /// `AlreadyExists`; the failed step of init. Nothing is left behind.
-    pub fn create(&self, id: &str, bundle: &Path, rootfs: Vec<RootMount>, addresses: Addresses) -> Result<u32> {
-        let mut table = self.table();
-        if table.containers.contains_key(id) {
-            return Err(Error::new(Kind::AlreadyExists, format!("container {id}")));
-        }
-        let (stdio, ends) = io::open(&addresses)?;
-        let init::Blocked { pid, pidfd, console, cgroup, gate } = init::create(CreateRequest { bundle: bundle.to_owned(), rootfs, stdio }).map_err(step)?;
-        let made = Made { process: Recorded::of(pid).ok(), cgroup: cgroup.as_ref().map(|c| c.path.clone()) };
-        let done = Arc::new(watch::Sender::new(None));
-        let watched = (|| {
-            bundle::write(bundle, Of::Task, &made)?;
-            let running = ends.run(console)?;
-            let log = running.log.clone();
-            // Best effort: without it the news of the exit comes some milliseconds later.
-            let mounts = std::fs::File::open(format!("/proc/{pid}/ns/mnt")).ok().map(Into::into);
-            Ok((Process::watch(pid, pidfd, mounts, running, done.clone())?, log))
-        })();
-        let (process, log) = match watched {
-            Ok(watched) => watched,
-            Err(e) => {
-                drop(gate);
-                kill::recorded(&made);
-                return Err(e);
+    /// `AlreadyExists`; the failed step of init; `Cancelled` when it is deleted meanwhile. Nothing is left behind.
+    pub async fn create(self: Arc<Self>, id: String, bundle: PathBuf, rootfs: Vec<RootMount>, addresses: Addresses) -> Result<u32> {
+        let making = {
+            let mut table = self.table();
+            if table.containers.contains_key(&id) || table.making.contains_key(&id) {
+                return Err(Error::new(Kind::AlreadyExists, format!("container {id}")));
             }
+            let making = Making::begin();
+            table.making.insert(id.clone(), making.clone());
+            making
         };
-        let (bundle, gate, execs) = (bundle.to_owned(), Some(gate), BTreeMap::new());
-        let container = Container { bundle, addresses, process, done, gate, cgroup, log, paused: false, failed: false, execs };
-        table.containers.insert(id.to_owned(), container);
+        let made = make(&id, bundle, rootfs, addresses, &making).await;
+        let mut table = self.table();
+        table.making.remove(&id);
+        making.end();
+        let container = made?;
+        let pid = container.process.pid;
+        table.containers.insert(id, container);
         Ok(pid)
     }
 
@@ -209,7 +205,7 @@ impl Supervisor {
         if container.execs.contains_key(exec) {
             return Err(Error::new(Kind::AlreadyExists, format!("exec {exec} of container {id}")));
         }
-        container.execs.insert(exec.to_owned(), Exec { spec, addresses, process: None, done: Arc::new(watch::Sender::new(None)) });
+        container.execs.insert(exec.to_owned(), Exec { spec, addresses, process: None, done: Arc::new(watch::Sender::new(None)), starting: None });
         Ok(())
     }
 
@@ -217,18 +213,57 @@ impl Supervisor {
     ///
     /// # Errors
     /// `FailedPrecondition` unless it waits to be started; the failed step (a missing program is one).
-    pub fn start(&self, id: &str, exec: &str) -> Result<u32> {
-        let mut table = self.table();
-        let container = table.container(id)?;
+    pub async fn start(self: Arc<Self>, id: String, exec: String) -> Result<u32> {
         if !exec.is_empty() {
-            return container.start_exec(id, exec);
+            return self.start_exec(&id, &exec).await;
         }
-        let gate = container.gate.take().ok_or_else(|| Error::precondition(format!("container {id} is started already")))?;
-        if let Err(e) = gate.open() {
-            container.failed = true;
-            return Err(step(e));
+        let (gate, pid) = {
+            let mut table = self.table();
+            let container = table.container(&id)?;
+            let gate = container.gate.take().ok_or_else(|| Error::precondition(format!("container {id} is started already")))?;
+            (gate, container.process.pid)
+        };
+        // Whoever wants its end meanwhile kills the process, which is known already.
+        let opened = match gate.open().map_err(step) {
+            Ok(opening) => born(opening, &Notify::new(), "start").await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = opened {
+            if let Ok(container) = self.table().container(&id) {
+                container.failed = true;
+            }
+            return Err(e);
         }
-        Ok(container.process.pid)
+        Ok(pid)
+    }
+
+    async fn start_exec(&self, id: &str, exec: &str) -> Result<u32> {
+        let (execution, ends, cancel) = self.table().container(id)?.begin_exec(id, exec)?;
+        let executed = born(execution, &cancel, "exec").await;
+        let mut table = self.table();
+        // The container, or the exec, may be gone by now.
+        let Ok(container) = table.container(id) else { return Err(executed.err().unwrap_or_else(|| Error::not_found(format!("container {id}")))) };
+        let cgroup = container.cgroup.clone();
+        let exec = container.exec(id, exec)?;
+        let started = executed.and_then(|mut executed| {
+            let running = ends.run(executed.console.take())?;
+            Process::watch(executed.pid, executed.pidfd, None, running, exec.done.clone())
+        });
+        match started {
+            Ok(process) => {
+                let pid = process.pid;
+                exec.process = Some(process.clone());
+                // It was killed before it was known.
+                if exec.done.borrow().is_some() {
+                    kill::session(&process, cgroup.as_ref())?;
+                }
+                Ok(pid)
+            }
+            Err(e) => {
+                exec.done.send_replace(Some(Exit { code: NEVER_RAN, at: now_ns() }));
+                Err(e)
+            }
+        }
     }
 
     /// Resolves when the first process of a container whose start failed is reaped: it is dying when its error arrives, and who
@@ -246,11 +281,19 @@ impl Supervisor {
     /// `NotFound`; from the kernel. Ended processes are fine.
     pub fn kill(&self, id: &str, exec: &str, signal: i32, all: bool) -> Result<()> {
         let mut table = self.table();
+        if let Some(making) = table.making.get(id).filter(|_| signal == libc::SIGKILL) {
+            making.cancel();
+            return Ok(());
+        }
         let process = match table.process(id, exec) {
-            // An exec that never ran has no process to end; who waits for it is told.
+            // An exec that does not run yet has no process to end; who waits for it is told.
             Err(e) if e.kind == Kind::FailedPrecondition && signal == libc::SIGKILL => {
                 let never = Exit { code: NEVER_RAN, at: now_ns() };
-                table.container(id)?.exec(id, exec)?.done.send_replace(Some(never));
+                let exec = table.container(id)?.exec(id, exec)?;
+                exec.done.send_replace(Some(never));
+                if let Some(starting) = &exec.starting {
+                    starting.notify_one();
+                }
                 return Ok(());
             }
             process => process?,
@@ -292,6 +335,11 @@ impl Supervisor {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
         if !exec.is_empty() {
             return self.delete_exec(id, exec);
+        }
+        let making = self.table().making.get(id).cloned();
+        if let Some(making) = making {
+            making.cancel();
+            making.ended().await;
         }
         let process = {
             let mut table = self.table();
@@ -406,34 +454,56 @@ impl Supervisor {
     /// The first container that could not be killed; the others are.
     pub fn kill_all(&self) -> Result<()> {
         let table = self.table();
+        table.making.values().for_each(|making| making.cancel());
         let results: Vec<Result<()>> = table.containers.values().map(Container::kill_everything).collect();
         results.into_iter().collect()
     }
 }
 
+/// A container whose first process is blocked before exec.
+async fn make(id: &str, bundle: PathBuf, rootfs: Vec<RootMount>, addresses: Addresses, making: &Making) -> Result<Container> {
+    let (stdio, ends) = io::open(&addresses)?;
+    let creation = init::create(CreateRequest { bundle: bundle.clone(), rootfs, stdio }).map_err(step)?;
+    let init::Blocked { pid, pidfd, console, cgroup, gate } = born(creation, making.cancelled(), &format!("container {id}")).await?;
+    let made = Made { process: Recorded::of(pid).ok(), cgroup: cgroup.as_ref().map(|c| c.path.clone()) };
+    let done = Arc::new(watch::Sender::new(None));
+    let watched = (|| {
+        bundle::write(&bundle, Of::Task, &made)?;
+        let running = ends.run(console)?;
+        let log = running.log.clone();
+        // Best effort: without it the news of the exit comes some milliseconds later.
+        let mounts = std::fs::File::open(format!("/proc/{pid}/ns/mnt")).ok().map(Into::into);
+        Ok((Process::watch(pid, pidfd, mounts, running, done.clone())?, log))
+    })();
+    let (process, log) = match watched {
+        Ok(watched) => watched,
+        Err(e) => {
+            drop(gate);
+            kill::recorded(&made);
+            return Err(e);
+        }
+    };
+    Ok(Container { bundle, addresses, process, done, gate: Some(gate), cgroup, log, paused: false, failed: false, execs: BTreeMap::new() })
+}
+
 impl Container {
-    fn start_exec(&mut self, id: &str, exec: &str) -> Result<u32> {
+    /// Forks an exec; what tells of it, its streams, and how to give it up.
+    fn begin_exec(&mut self, id: &str, exec: &str) -> Result<(init::Execution, io::Ends, Arc<Notify>)> {
         if !matches!(self.status(), Status::Running) {
             return Err(Error::precondition(format!("container {id} is not running")));
         }
         let (bundle, pid, cgroup) = (self.bundle.clone(), self.process.pid, self.cgroup.clone());
         let exec = self.exec(id, exec)?;
-        if exec.status() != Status::Created {
+        if exec.status() != Status::Created || exec.starting.is_some() {
             return Err(Error::precondition(format!("an exec of container {id} is started already")));
         }
-        let started = (|| {
-            let (stdio, ends) = io::open(&exec.addresses)?;
+        let begun = io::open(&exec.addresses).and_then(|(stdio, ends)| {
             let process = std::mem::take(&mut exec.spec);
-            let mut executed = init::exec(ExecRequest { bundle, process, pid, stdio, cgroup }).map_err(step)?;
-            let running = ends.run(executed.console.take())?;
-            Process::watch(executed.pid, executed.pidfd, None, running, exec.done.clone())
-        })();
-        match started {
-            Ok(process) => {
-                let pid = process.pid;
-                exec.process = Some(process);
-                Ok(pid)
-            }
+            let execution = init::exec(ExecRequest { bundle, process, pid, stdio, cgroup }).map_err(step)?;
+            Ok((execution, ends))
+        });
+        match begun {
+            Ok((execution, ends)) => Ok((execution, ends, exec.starting.insert(Arc::default()).clone())),
             Err(e) => {
                 exec.done.send_replace(Some(Exit { code: NEVER_RAN, at: now_ns() }));
                 Err(e)

@@ -1,6 +1,5 @@
 //! The task service: turns messages into calls of the [`Supervisor`] and back. Versions 2 and 3 differ in name only.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -17,7 +16,7 @@ use super::metrics;
 use super::process::Exit;
 use super::supervisor::{Status, Supervisor};
 use crate::cgroups::Detail;
-use crate::model::error::{Error, Result};
+use crate::model::error::{Error, Kind, Result};
 use crate::model::image::RootMount;
 
 /// Answers for all containers of the shim.
@@ -57,13 +56,13 @@ impl Task for TaskService {
         let addresses = Addresses { stdin: req.stdin, stdout: req.stdout, stderr: req.stderr, terminal: req.terminal };
         let rootfs = req.rootfs.into_iter().map(mount).collect();
         let mut answer = api::CreateTaskResponse::new();
-        answer.pid = self.supervisor.create(&req.id, Path::new(&req.bundle), rootfs, addresses).map_err(status)?;
+        answer.pid = to_end(self.supervisor.clone().create(req.id, req.bundle.into(), rootfs, addresses)).await.map_err(status)?;
         Ok(answer)
     }
 
     async fn start(&self, _ctx: &TtrpcContext, req: api::StartRequest) -> Answer<api::StartResponse> {
         let mut answer = api::StartResponse::new();
-        let started = self.supervisor.start(&req.id, &req.exec_id);
+        let started = to_end(self.supervisor.clone().start(req.id.clone(), req.exec_id.clone())).await;
         if started.is_err() && req.exec_id.is_empty() {
             self.supervisor.failed_start_is_over(&req.id).await;
         }
@@ -185,6 +184,11 @@ impl Task for TaskService {
     }
 }
 
+/// In a task of its own: a caller who leaves (or dies) does not cut it short half-way. Whoever wants its end says so by a request.
+async fn to_end<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|e| Err(Error::with(Kind::Internal, "answer", e)))
+}
+
 fn unimplemented(what: &str) -> ttrpc::Error {
-    status(Error::new(crate::model::error::Kind::Unimplemented, what))
+    status(Error::new(Kind::Unimplemented, what))
 }

@@ -5,8 +5,8 @@ use std::io::Read;
 
 use serde_json::json;
 
-use super::harness::{Bundle, process, reap};
-use crate::init::{Stdio, create, exec, spawn_pid_holder};
+use super::harness::{Bundle, create, exec, open, process, reap};
+use crate::init::{Stdio, spawn_pid_holder};
 
 #[test]
 fn a_container_runs_in_its_own_namespaces() {
@@ -64,7 +64,7 @@ fn a_terminal_is_made_in_the_container() {
     b.spec["process"]["terminal"] = json!(true);
     let blocked = create(b.request(Stdio::Terminal { size: (91, 17) })).unwrap();
     let (pid, master) = (blocked.pid, File::from(blocked.console.unwrap()));
-    blocked.gate.open().unwrap();
+    open(blocked.gate).unwrap();
     let out = terminal(master);
     assert_eq!(reap(pid), 0);
     let lines: Vec<_> = out.lines().collect();
@@ -147,7 +147,7 @@ fn create_and_start_take_milliseconds() {
             let begin = std::time::Instant::now();
             let blocked = create(request).unwrap();
             let (pid, created) = (blocked.pid, begin.elapsed());
-            blocked.start().unwrap();
+            open(blocked.gate).unwrap();
             let started = begin.elapsed();
             assert_eq!(super::harness::finish(pid, out).code, 0);
             let manager = crate::cgroups::Manager::open(b.spec["linux"]["cgroupsPath"].as_str().unwrap()).unwrap();

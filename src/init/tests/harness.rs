@@ -6,10 +6,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use serde_json::{Value, json};
 
-use crate::init::{Blocked, CgroupRef, CreateRequest, ExecRequest, Stdio, StepError, create, exec};
+use crate::init::{self, Blocked, CgroupRef, CreateRequest, ExecRequest, Executed, Gate, Line, Stdio, StepError};
 use crate::model::image::RootMount;
 
 /// A bundle with a root filesystem of its own; gone, with its cgroup, when dropped.
@@ -61,7 +62,7 @@ impl Bundle {
         let (stdio, out) = streams();
         let blocked = create(self.request(stdio))?;
         let pid = blocked.pid;
-        let started = blocked.start();
+        let started = open(blocked.gate);
         let outcome = finish(pid, out);
         started.map(|()| outcome)
     }
@@ -78,7 +79,7 @@ impl Bundle {
         let (stdio, mut out) = streams();
         let Blocked { pid, gate, cgroup, .. } = create(self.request(stdio)).unwrap();
         let running = Running { pid, cgroup };
-        gate.open().unwrap();
+        open(gate).unwrap();
         let mut byte = [0];
         while out.read(&mut byte).unwrap() == 1 && byte != [b'\n'] {}
         running
@@ -119,6 +120,30 @@ impl Drop for Running {
         let pid = Pid::from_raw(self.pid as i32).unwrap();
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         let _ = waitpid(Some(pid), WaitOptions::empty());
+    }
+}
+
+/// Makes a container and waits until it is there.
+pub(super) fn create(request: CreateRequest) -> Result<Blocked, StepError> {
+    init::create(request).and_then(wait)
+}
+
+/// Runs an exec and waits until it runs.
+pub(super) fn exec(request: ExecRequest) -> Result<Executed, StepError> {
+    init::exec(request).and_then(wait)
+}
+
+/// Lets a container's first process go and waits until it runs.
+pub(super) fn open(gate: Gate) -> Result<(), StepError> {
+    gate.open().and_then(wait)
+}
+
+fn wait<L: Line>(mut line: L) -> Result<L::Born, StepError> {
+    loop {
+        poll(&mut [PollFd::new(&line, PollFlags::IN)], None).unwrap();
+        if let Some(outcome) = line.hear() {
+            return outcome;
+        }
     }
 }
 
