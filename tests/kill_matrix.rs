@@ -8,42 +8,12 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Duration;
 
+use common::faults::{Random, fail_points, seeds};
 use common::ledger::{Ledger, life};
 use common::{Node, host};
 use mesocri::wire::cri as api;
-
-/// Every fail point of the sources: the string literals given to `failpoint::hit`.
-fn fail_points() -> BTreeSet<String> {
-    fn walk(dir: &Path, found: &mut BTreeSet<String>) {
-        for entry in std::fs::read_dir(dir).unwrap().flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                walk(&path, found);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                let text = std::fs::read_to_string(&path).unwrap();
-                found.extend(text.split("failpoint::hit(\"").skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned));
-            }
-        }
-    }
-    let mut found = BTreeSet::new();
-    walk(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
-    found
-}
-
-/// xorshift64*: small, seeded, the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % n
-    }
-}
 
 /// A layer rots and is fetched again, as far as the daemon lives.
 async fn mend(node: &Node) -> Result<(), tonic::Status> {
@@ -80,13 +50,7 @@ async fn settle(node: &Node, what: &str, ledgers: &[Ledger], checked: &mut BTree
     // Their logs are the caller's to remove.
     std::fs::remove_dir_all(node.logs()).unwrap();
     life(node, "again", true, &Ledger::default()).await.unwrap_or_else(|e| panic!("{what}: a whole life fails afterwards: {e}\n{}", node.daemon_log()));
-    let left = before.difference(&host::Snapshot::take(&node.cgroup));
-    let left: Vec<_> = left.into_iter().filter(|l| !l.starts_with("process") || !l.contains("mesocri daemon")).collect();
-    assert!(left.is_empty(), "{what}: left behind: {left:#?}\n{}", node.daemon_log());
-    for dir in ["root/pods", "root/store/rootfs", "root/store/staging", "root/store/layers", "root/store/damaged", "state/pods", "state/shims"] {
-        let names = common::entries(&node.dir.path().join(dir));
-        assert!(names.is_empty(), "{what}: left in {dir}: {names:?}\n{}", node.daemon_log());
-    }
+    node.nothing_is_left(what, before);
 }
 
 async fn baseline(node: &mut Node) -> host::Snapshot {
@@ -99,7 +63,7 @@ async fn baseline(node: &mut Node) -> host::Snapshot {
 
 #[tokio::test(flavor = "current_thread")]
 async fn every_fail_point_is_survived() {
-    let points = fail_points();
+    let points = fail_points(false);
     assert!(points.len() >= 15, "too few fail points: {points:?}");
     let mut node = Node::prepare("");
     node.start_registry();
@@ -135,14 +99,12 @@ async fn every_fail_point_is_survived() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn random_kills_are_survived() {
-    let range = std::env::var("KILL_SEEDS").unwrap_or_else(|_| "0..100".to_owned());
-    let (from, to) = range.split_once("..").expect("KILL_SEEDS=FROM..TO");
     let mut node = Node::prepare("");
     node.start_registry();
     let before = baseline(&mut node).await;
     let mut checked = BTreeSet::new();
-    for seed in from.parse::<u64>().unwrap()..to.parse::<u64>().unwrap() {
-        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    for seed in seeds("KILL_SEEDS", "0..100") {
+        let mut random = Random::of(seed);
         node.start_daemon(&[]);
         // A whole life takes some hundred milliseconds here; the kill falls anywhere in it.
         let delay = Duration::from_micros(random.below(400_000));

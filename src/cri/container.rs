@@ -16,7 +16,8 @@ pub(super) async fn create(front: &Front, request: wire::CreateContainerRequest)
     let config = required(request.config, "config")?;
     let pod = front.pod(&request.pod_sandbox_id)?;
     if pod.phase != PodPhase::Ready {
-        return Err(Error::precondition(format!("pod {} is not ready", pod.id.short())));
+        let name = config.metadata.map(|m| m.name).unwrap_or_default();
+        return Err(Error::precondition(format!("create container {name}: pod {} is not ready: it was stopped or its sandbox ended", pod.id.short())));
     }
     let mut spec = convert::from_wire(config, &pod, front.config.recursive_read_only)?;
     if let NamespaceMode::Target(target) = &mut spec.security.namespaces.pid {

@@ -40,7 +40,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::image::RootMount;
 
-pub use holder::{pause, spawn_pid_holder};
+pub use holder::{Holder, pause, spawn_pid_holder};
 
 /// Step that may fail because the cgroup is not ours; a group that is in use is left alone then.
 const CREATE_CGROUP: &str = "create cgroup";

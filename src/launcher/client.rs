@@ -92,7 +92,7 @@ impl Client {
 fn failed(what: String, error: ttrpc::Error) -> Error {
     let ttrpc::Error::RpcStatus(status) = error else {
         // Whatever else happens to a connection: the shim cannot be asked.
-        return Error::with(Kind::Unavailable, what, error);
+        return Error::with(Kind::Unavailable, format!("{what}: the connection broke, the shim may have been killed"), error);
     };
     let kind = match status.code.enum_value_or_default() {
         Code::NOT_FOUND => Kind::NotFound,

@@ -116,7 +116,13 @@ impl ShimLauncher {
         bundle::make_dir(&dir)?;
         let limit = self.config.request_limit();
         let started = start(&self.ours, id, &dir, &self.layout.shim_socket(id), limit).await?;
-        let client = Client::connect(&started.address, TASK_V3, limit).await?;
+        let client = match Client::connect(&started.address, TASK_V3, limit).await {
+            // Not for the caller, who asked for nothing that could be missing.
+            Err(e) if e.kind == Kind::NotFound => {
+                return Err(Error::with(Kind::Unavailable, format!("start shim of pod {}: it ended before it could be asked", id.short()), e));
+            }
+            client => client?,
+        };
         let shim_pid = client.listener()?;
         let pod = Pod::new(id.clone(), Whose::Ours, handler.to_owned(), client, shim_pid)?;
         self.remember(pod.clone());
@@ -157,6 +163,11 @@ impl ShimLauncher {
         }
         Ok(())
     }
+}
+
+/// A failure with the name of the container, which the words of a shim or of a broken connection lack.
+fn about<T>(act: &str, id: &ContainerId, result: Result<T>) -> Result<T> {
+    result.map_err(|e| e.within(format!("{act} container {}", id.short())))
 }
 
 async fn start_sandbox(pod: &Pod, dir: &std::path::Path, limit: Duration) -> Result<u32> {
@@ -271,11 +282,11 @@ impl Launcher for ShimLauncher {
     }
 
     async fn start_task(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
-        self.start(&*self.pod(pod)?, id).await
+        about("start", id, async { self.start(&*self.pod(pod)?, id).await }.await)
     }
 
     async fn kill_task(&self, pod: &PodId, id: &ContainerId, signal: i32, all: bool) -> Result<()> {
-        self.kill(&*self.pod(pod)?, id, signal, all).await
+        about("signal", id, async { self.kill(&*self.pod(pod)?, id, signal, all).await }.await)
     }
 
     async fn wait_task(&self, pod: &PodId, id: &ContainerId) -> Result<(i32, i64)> {
@@ -295,10 +306,14 @@ impl Launcher for ShimLauncher {
     }
 
     async fn reopen_log(&self, pod: &PodId, id: &ContainerId) -> Result<()> {
-        self.reopen(&*self.pod(pod)?, id).await
+        about("reopen the log of", id, async { self.reopen(&*self.pod(pod)?, id).await }.await)
     }
 
     async fn exec_sync(&self, pod: &PodId, id: &ContainerId, exec: &ExecSpec) -> Result<ExecOutput> {
-        self.exec(&*self.pod(pod)?, id, exec).await
+        match async { self.exec(&*self.pod(pod)?, id, exec).await }.await {
+            // This one names it.
+            Err(e) if e.kind == Kind::DeadlineExceeded => Err(e),
+            result => about("run a command in", id, result),
+        }
     }
 }

@@ -16,6 +16,7 @@ use super::client::NAMESPACE;
 use crate::model::PodId;
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::shim::{SOCKET_VARIABLE, TASK_V2, TASK_V3};
+use crate::stdx::failpoint;
 
 /// Bytes of what a shim printed that are worth showing.
 const SHOWN: usize = 2000;
@@ -126,6 +127,7 @@ fn command(program: &Program, pod: &PodId, bundle: &Path, socket: &Path) -> Comm
     match program {
         Program::Sealed(_) => {
             command.arg0("containerd-shim-mesocri-v1").env_clear().env(SOCKET_VARIABLE, socket);
+            command.envs(failpoint::for_shims().map(|armed| (failpoint::VARIABLE, armed)));
         }
         // containerd's shims insist on a publisher; /bin/true takes their events and forgets them.
         Program::Path(_) => {
@@ -155,7 +157,8 @@ async fn run(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit
 /// A shim that ended without an address, with what it said.
 fn failure(status: std::process::ExitStatus, said: &[u8]) -> Error {
     let said = String::from_utf8_lossy(said);
-    Error::internal(format!("{status}: {}", said.trim().get(..SHOWN).unwrap_or(said.trim())))
+    let said = if said.trim().is_empty() { "it said nothing" } else { said.trim() };
+    Error::internal(format!("{status}: {}", said.get(..SHOWN).unwrap_or(said)))
 }
 
 /// A plain address, or (containerd 2) a JSON object with the version of the task service.

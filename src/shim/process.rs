@@ -14,6 +14,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 use super::io::{Input, Running, watched};
 use crate::model::error::{Act, Result};
 use crate::stdx::clock::now_ns;
+use crate::stdx::failpoint;
 
 /// How long an exit waits for the output of processes that outlive the first one. Long enough for a pipe full of bytes to
 /// be written to a slow disk, short enough for a stop.
@@ -113,6 +114,7 @@ pub async fn told(outcome: &Outcome) -> Exit {
 async fn supervise(process: Arc<Process>, mounts: Option<OwnedFd>, pumps: Vec<JoinHandle<()>>, keepers: Vec<OwnedFd>) {
     let code = reap(&process.pidfd).await;
     let exit = Exit { code, at: now_ns() };
+    failpoint::hit("shim.exit.reaped");
     process.exited.send_replace(Some(exit));
     process.close_input();
     drop(keepers);

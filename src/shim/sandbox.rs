@@ -5,7 +5,7 @@
 //! for the host must not be reachable through a pod (attack cases 28, 29).
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,6 +26,7 @@ use crate::disk::bundle::{self, Made, Of, Recorded};
 use crate::init;
 use crate::model::error::{Act, Error, Result};
 use crate::stdx::clock::now_ns;
+use crate::stdx::failpoint;
 
 /// The pod this shim holds.
 #[derive(Default)]
@@ -98,7 +99,7 @@ impl Linux {
 }
 
 /// Enters what the bundle's `config.json` lists and makes the holder of a process namespace.
-fn enter(bundle: &Path) -> Result<Option<(u32, OwnedFd)>> {
+fn enter(bundle: &Path) -> Result<Option<init::Holder>> {
     let path = bundle.join(bundle::CONFIG);
     let text = std::fs::read(&path).act("read", path.display())?;
     let config: Config = serde_json::from_slice(&text).act("decode", path.display())?;
@@ -186,9 +187,12 @@ impl SandboxService {
             return Err(Error::precondition("the sandbox is made already"));
         }
         let holder = enter(bundle)?;
-        let process = holder.as_ref().and_then(|(pid, _)| Recorded::of(*pid).ok());
+        failpoint::hit("shim.sandbox.entered");
+        let process = holder.as_ref().and_then(|holder| Recorded::of(holder.pid).ok());
         bundle::write(bundle, Of::Sandbox, &Made { process, cgroup: None })?;
-        if let Some((pid, pidfd)) = holder {
+        failpoint::hit("shim.sandbox.recorded");
+        if let Some(holder) = holder {
+            let (pid, pidfd) = holder.stay().map_err(step)?;
             let (_, nothing) = io::open(&io::Addresses::default())?;
             table.sandbox.holder = Some(Process::watch(pid, pidfd, None, nothing.run(None)?, table.sandbox.ended.clone())?);
         }
@@ -209,6 +213,7 @@ impl SandboxService {
             holder.signal(libc::SIGKILL)?;
             holder.reaped().await;
         }
+        failpoint::hit("shim.stop_sandbox.killed");
         let ended = self.supervisor.table().sandbox.ended.clone();
         // Unless the holder's own end was told already.
         ended.send_if_modified(|exit| {

@@ -20,6 +20,7 @@ use super::serve;
 use crate::disk::bundle::{self, Made, Of, Recorded};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::shim::SOCKET_VARIABLE;
+use crate::stdx::failpoint;
 use crate::sys::daemon::{Side, fork};
 use crate::sys::process::close_range;
 
@@ -38,9 +39,12 @@ pub fn start(args: &Args) -> Result<()> {
     if UnixStream::connect(&socket).is_err() {
         let listener = listen(&socket)?;
         if alone {
+            failpoint::hit("shim.start.listens");
             leave_word()?;
+            failpoint::hit("shim.start.recorded");
             announce(&address)?;
             detach(&listener)?;
+            failpoint::hit("shim.start.announced");
             // Nobody reads errors any more.
             let _ = serve::serve(listener, &socket);
             std::process::exit(1);

@@ -23,6 +23,7 @@ use crate::init::{self, CgroupRef, CreateRequest, ExecRequest, Gate};
 use crate::model::error::{Error, Kind, Result};
 use crate::model::image::RootMount;
 use crate::stdx::clock::now_ns;
+use crate::stdx::failpoint;
 
 /// Exit code of what never ran.
 const NEVER_RAN: u32 = 255;
@@ -223,6 +224,7 @@ impl Supervisor {
             let gate = container.gate.take().ok_or_else(|| Error::precondition(format!("container {id} is started already")))?;
             (gate, container.process.pid)
         };
+        failpoint::hit("shim.start.asked");
         // Whoever wants its end meanwhile kills the process, which is known already.
         let opened = match gate.open().map_err(step) {
             Ok(opening) => born(opening, &Notify::new(), "start").await,
@@ -234,12 +236,16 @@ impl Supervisor {
             }
             return Err(e);
         }
+        failpoint::hit("shim.start.opened");
         Ok(pid)
     }
 
     async fn start_exec(&self, id: &str, exec: &str) -> Result<u32> {
+        failpoint::hit("shim.exec.asked");
         let (execution, ends, cancel) = self.table().container(id)?.begin_exec(id, exec)?;
+        failpoint::hit("shim.exec.begun");
         let executed = born(execution, &cancel, "exec").await;
+        failpoint::hit("shim.exec.forked");
         let mut table = self.table();
         // The container, or the exec, may be gone by now.
         let Ok(container) = table.container(id) else { return Err(executed.err().unwrap_or_else(|| Error::not_found(format!("container {id}")))) };
@@ -303,10 +309,16 @@ impl Supervisor {
             return kill::session(&process, container.cgroup.as_ref());
         }
         if !all || !exec.is_empty() {
-            return process.signal(signal);
+            failpoint::hit("shim.signal.asked");
+            let sent = process.signal(signal);
+            failpoint::hit("shim.signal.sent");
+            return sent;
         }
+        failpoint::hit("shim.kill.asked");
         if signal == libc::SIGKILL {
-            return container.kill_everything();
+            let killed = container.kill_everything();
+            failpoint::hit("shim.kill.killed");
+            return killed;
         }
         match &container.cgroup {
             Some(cgroup) => kill::each(&Manager::open(&cgroup.path)?.procs()?, signal),
@@ -352,11 +364,13 @@ impl Supervisor {
             container.process.clone()
         };
         let exit = process.reaped().await;
+        failpoint::hit("shim.delete.reaped");
         let mut table = self.table();
         let container = table.container(id)?;
         if let Some(cgroup) = &container.cgroup {
             Manager::open(&cgroup.path)?.remove()?;
         }
+        failpoint::hit("shim.delete.removed");
         if let Some(container) = table.containers.remove(id) {
             container.process.abandon_streams();
             container.execs.values().filter_map(|exec| exec.process.as_ref()).for_each(|process| process.abandon_streams());
@@ -442,10 +456,13 @@ impl Supervisor {
     /// # Errors
     /// `NotFound`; when the file cannot be made.
     pub fn reopen_log(&self, id: &str) -> Result<()> {
+        failpoint::hit("shim.reopen.asked");
         match &self.table().container(id)?.log {
-            Some(log) => io::reopen(log),
-            None => Ok(()),
+            Some(log) => io::reopen(log)?,
+            None => return Ok(()),
         }
+        failpoint::hit("shim.reopen.reopened");
+        Ok(())
     }
 
     /// Kills everything in every container; the records stay until they are deleted.
@@ -463,12 +480,16 @@ impl Supervisor {
 /// A container whose first process is blocked before exec.
 async fn make(id: &str, bundle: PathBuf, rootfs: Vec<RootMount>, addresses: Addresses, making: &Making) -> Result<Container> {
     let (stdio, ends) = io::open(&addresses)?;
+    failpoint::hit("shim.create.opened");
     let creation = init::create(CreateRequest { bundle: bundle.clone(), rootfs, stdio }).map_err(step)?;
+    failpoint::hit("shim.create.begun");
     let init::Blocked { pid, pidfd, console, cgroup, gate } = born(creation, making.cancelled(), &format!("container {id}")).await?;
+    failpoint::hit("shim.create.blocked");
     let made = Made { process: Recorded::of(pid).ok(), cgroup: cgroup.as_ref().map(|c| c.path.clone()) };
     let done = Arc::new(watch::Sender::new(None));
     let watched = (|| {
         bundle::write(&bundle, Of::Task, &made)?;
+        failpoint::hit("shim.create.recorded");
         let running = ends.run(console)?;
         let log = running.log.clone();
         // Best effort: without it the news of the exit comes some milliseconds later.

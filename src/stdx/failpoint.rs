@@ -2,12 +2,18 @@
 //!
 //! `MESOCRI_FAILPOINT=name[:n]` kills the process with SIGKILL at the n-th (default first) passage of `name`. Without the
 //! variable a passage costs one atomic load. Names are `rpc.step`; the kill matrix finds them by reading the sources.
+//!
+//! Those that begin with `shim.` are the shim's: the daemon hands the variable on to shims that it starts, which get no other
+//! environment, and each of them counts its own passages.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Environment variable that arms a point.
 pub const VARIABLE: &str = "MESOCRI_FAILPOINT";
+
+/// How the names of the shim's points begin.
+const OF_SHIMS: &str = "shim.";
 
 struct Armed {
     name: String,
@@ -26,6 +32,12 @@ fn armed() -> Option<&'static Armed> {
             Some(Armed { name: name.to_owned(), left: AtomicUsize::new(count) })
         })
         .as_ref()
+}
+
+/// What a shim is to be given of the variable.
+pub fn for_shims() -> Option<String> {
+    let armed = armed().filter(|armed| armed.name.starts_with(OF_SHIMS))?;
+    Some(format!("{}:{}", armed.name, armed.left.load(Ordering::Relaxed)))
 }
 
 /// Dies here if this point is armed and its turn has come.

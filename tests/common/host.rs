@@ -168,9 +168,19 @@ fn our_processes(cgroup: &str) -> Vec<(i32, String)> {
     found
 }
 
+/// The shims of this thread's mount namespace.
+pub fn shims() -> Vec<i32> {
+    our_processes("/no such group").into_iter().filter(|(_, command)| command.starts_with("containerd-shim-mesocri")).map(|(pid, _)| pid).collect()
+}
+
+/// SIGKILL; a process that has ended is fine.
+pub fn kill(pid: i32) {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+}
+
 /// Ends what a failed test left running, so that one failure does not become many.
 pub fn kill_processes_of(cgroup: &str, _dir: &Path) {
     for (pid, _) in our_processes(cgroup) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        kill(pid);
     }
 }

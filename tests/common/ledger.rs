@@ -172,7 +172,10 @@ impl Ledger {
     }
 
     async fn stop(&self, node: &Node, id: &str) -> Result<(), Status> {
-        let Stage::Running(_, _, status) = self.stage(id) else { panic!("{id} does not run") };
+        let status = match self.stage(id) {
+            Stage::Running(_, _, status) | Stage::Told(status) => status,
+            other => panic!("{id} was not started: {other:?}"),
+        };
         let asked = now();
         self.set(id, Stage::Stopping(asked, status.clone()));
         node.stop_container(id, 5).await?;

@@ -6,6 +6,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)] // each test binary uses its part; a bench that fails is a failed test
 
 pub mod cri;
+pub mod faults;
 pub mod host;
 pub mod ledger;
 

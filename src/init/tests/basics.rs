@@ -94,7 +94,7 @@ fn terminal(mut master: File) -> String {
 fn a_container_joins_namespaces_by_path() {
     let holder = Bundle::new("echo up; exec sleep 1000");
     let running = holder.background();
-    let (pid, pidfd) = spawn_pid_holder().unwrap();
+    let (pid, pidfd) = spawn_pid_holder().unwrap().stay().unwrap();
     let mut b = Bundle::new("hostname; echo $$; cat /proc/1/comm; readlink /proc/self/ns/ipc");
     let of = |kind: &str, pid: u32| json!(format!("/proc/{pid}/ns/{kind}"));
     b.spec["linux"]["namespaces"] = json!([
