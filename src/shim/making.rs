@@ -52,10 +52,7 @@ impl Making {
 ///
 /// # Errors
 /// The step that failed; `Cancelled`.
-#[expect(
-    deprecated,
-    reason = "deprecated for types whose AsRawFd may change its answer; a line's cannot, and a promise of that would have to be made in sys"
-)]
+#[expect(deprecated, reason = "deprecated for types whose AsRawFd may change its answer; a line's cannot, and a promise of that would have to be made in sys")]
 pub async fn born<L: Line>(line: L, cancel: &Notify, what: &str) -> Result<L::Born> {
     let mut line = AsyncFd::with_interest(line, Interest::READABLE).act("watch", what)?;
     loop {
