@@ -7,12 +7,14 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use oci_spec::runtime::LinuxNamespaceType;
+use tracing::{Instrument, Span};
 
 use super::lane::Job;
 use super::names::Claim;
 use super::owner::{Owner, record_container};
 use super::parts::{Parts, Reply, copy, refuse_all};
 use super::slot::{Basis, Slot};
+use super::spans::{act_span, step_span};
 use super::{Container, EventKind, Pod, admit};
 use crate::disk::layout::below;
 use crate::disk::pods;
@@ -37,11 +39,11 @@ fn all(failures: Vec<String>) -> Result<(), String> {
 
 // ---- pods
 
-/// Makes a pod and then owns it. `spec.metadata` was claimed by the caller; every way out of here settles the claim.
-pub(super) async fn run_pod(parts: Arc<Parts>, spec: PodSpec) {
+/// Makes a pod, inside `span`, and then owns it. `spec.metadata` was claimed by the caller; every way out of here settles the claim.
+async fn run_pod(parts: Arc<Parts>, id: PodId, spec: PodSpec, span: Span) {
     let mut claim = Claimed { parts: parts.clone(), spec: Some(spec.metadata.clone()) };
     let pod = Pod {
-        id: PodId::random(),
+        id: id.clone(),
         spec,
         phase: PodPhase::Creating,
         created_at: parts.stamps.next(),
@@ -51,8 +53,8 @@ pub(super) async fn run_pod(parts: Arc<Parts>, spec: PodSpec) {
         network: None,
         leftovers: Vec::new(),
     };
-    let id = pod.id.clone();
-    match acquire_pod(&parts, pod).await {
+    let made = acquire_pod(&parts, pod).instrument(span).await;
+    match made {
         Ok(pod) => {
             let pod = Arc::new(pod);
             let mut owner = Owner::new(parts.clone(), pod.clone());
@@ -82,7 +84,11 @@ impl Claimed {
     fn settle(&mut self, outcome: Result<PodId>) {
         let Some(name) = self.spec.take() else { return };
         let waiters = self.parts.names().settle(&name, outcome.as_ref().ok().cloned());
-        for waiter in waiters {
+        for (nth, waiter) in waiters.into_iter().enumerate() {
+            // The first one's span has had the id since there was one.
+            if let (1.., Ok(id)) = (nth, &outcome) {
+                waiter.cause().record("pod", id.as_str());
+            }
             let _ = waiter.send(outcome.as_ref().map(Clone::clone).map_err(copy));
         }
     }
@@ -104,7 +110,7 @@ async fn acquire_pod(parts: &Arc<Parts>, pod: Pod) -> Result<Pod, (Error, Option
             Ok(pod)
         }
         Err(error) => {
-            let mut leftovers = undo.run().await;
+            let mut leftovers = undo.run().instrument(step_span!("undo", created.id)).await;
             let (layout, id) = (parts.layout.clone(), created.id.clone());
             if leftovers.is_empty() {
                 // The record goes last: as long as anything is left, a restart must know of it.
@@ -116,7 +122,8 @@ async fn acquire_pod(parts: &Arc<Parts>, pod: Pod) -> Result<Pod, (Error, Option
             let remains = Pod { phase: PodPhase::NotReady, leftovers, ..Pod::clone(&created) };
             tracing::warn!(pod = %remains.id, leftovers = ?remains.leftovers, "pod creation could not be undone completely");
             let (layout, record) = (parts.layout.clone(), remains.clone());
-            if let Err(e) = blocking::run("record pod", move || pods::begin_pod(&layout, &record.id, &record)).await {
+            let recording = blocking::run("record pod", move || pods::begin_pod(&layout, &record.id, &record));
+            if let Err(e) = recording.instrument(step_span!("record", remains.id)).await {
                 tracing::error!(pod = %remains.id, error = %e, "pod record could not be written");
             }
             Err((error, Some(Box::new(remains))))
@@ -127,7 +134,7 @@ async fn acquire_pod(parts: &Arc<Parts>, pod: Pod) -> Result<Pod, (Error, Option
 async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Result<Pod> {
     check_log_directory(pod.spec.log_directory.as_deref())?;
     let (layout, record) = (parts.layout.clone(), pod.clone());
-    blocking::run("record pod", move || pods::begin_pod(&layout, &record.id, &*record)).await?;
+    blocking::run("record pod", move || pods::begin_pod(&layout, &record.id, &*record)).instrument(step_span!("record", pod.id)).await?;
     failpoint::hit("run_pod.recorded");
 
     // Pushed before the act: cleanup is promised also to isolators that failed half-way.
@@ -142,12 +149,14 @@ async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Resul
         failpoint::hit("run_pod.shim_started");
         started
     };
-    let (shim, plan) = tokio::join!(shim, parts.isolators.prepare(&cx));
+    let shim = shim.instrument(step_span!("start_shim", pod.id));
+    let (shim, plan) = tokio::join!(shim, parts.isolators.prepare(&cx).instrument(step_span!("prepare", pod.id)));
     let plan = plan?;
     shim?;
     failpoint::hit("run_pod.prepared");
 
-    let sandbox = parts.launcher.create_sandbox(&pod.id, &pod.spec.runtime_handler, &plan).await?;
+    let making = parts.launcher.create_sandbox(&pod.id, &pod.spec.runtime_handler, &plan);
+    let sandbox = making.instrument(step_span!("create_sandbox", pod.id)).await?;
     let (p, made, live) = (parts.clone(), pod.clone(), sandbox.clone());
     undo.push("delete sandbox", move || async move {
         p.launcher.delete_sandbox(&made.id, &made.spec.runtime_handler, Some(&live)).await.map_err(|e| e.to_string())
@@ -158,7 +167,7 @@ async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Resul
     let network = netns.as_ref().map(|_| serde_json::json!({ "ips": plan.ips }));
     let ready = Pod { phase: PodPhase::Ready, ips: plan.ips, netns, network, sandbox: Some(sandbox), ..Pod::clone(pod) };
     let (layout, record) = (parts.layout.clone(), ready.clone());
-    blocking::run("record pod", move || pods::write_pod(&layout, &record.id, &record)).await?;
+    blocking::run("record pod", move || pods::write_pod(&layout, &record.id, &record)).instrument(step_span!("record", pod.id)).await?;
     failpoint::hit("run_pod.ready");
     Ok(ready)
 }
@@ -190,9 +199,15 @@ impl Owner {
         let name = spec.metadata.clone();
         match self.names.claim(&name, reply) {
             Claim::Joined => {}
-            Claim::Exists(id, reply) => drop(reply.send(Ok(id))),
+            Claim::Exists(id, reply) => {
+                reply.cause().record("container", id.as_str());
+                drop(reply.send(Ok(id)));
+            }
             Claim::First => match self.order(*spec) {
-                Ok(order) => self.lane.push(Job::Create(Box::new(order))),
+                Ok(order) => {
+                    Span::current().record("container", order.container.id.as_str());
+                    self.lane.push(Job::Create(Box::new(order)));
+                }
                 Err(error) => refuse_all(self.names.settle(&name, None), &error),
             },
         }
@@ -273,7 +288,10 @@ impl Owner {
                 Err(error)
             }
         };
-        for waiter in self.names.settle(name, result.as_ref().ok().cloned()) {
+        for (nth, waiter) in self.names.settle(name, result.as_ref().ok().cloned()).into_iter().enumerate() {
+            if let (1.., Ok(id)) = (nth, &result) {
+                waiter.cause().record("container", id.as_str());
+            }
             let _ = waiter.send(result.as_ref().map(Clone::clone).map_err(copy));
         }
     }
@@ -288,7 +306,7 @@ pub(super) async fn acquire_container(parts: Arc<Parts>, pod: Arc<Pod>, order: O
             Ok(made)
         }
         Err(error) => {
-            let mut leftovers = undo.run().await;
+            let mut leftovers = undo.run().instrument(step_span!("undo", pod.id, order.container.id)).await;
             let (layout, pod_id, id) = (parts.layout.clone(), pod.id.clone(), order.container.id.clone());
             if leftovers.is_empty() {
                 match blocking::run("remove container directories", move || pods::remove_container(&layout, &pod_id, &id)).await {
@@ -320,6 +338,7 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
             None => Ok(()),
         }
     })
+    .instrument(step_span!("record", pod.id, container.id))
     .await?;
     failpoint::hit("create_container.recorded");
 
@@ -327,11 +346,15 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
     let p = parts.clone();
     // Before the act, too: an interrupted provision may have left a directory or a lease.
     undo.push("release root filesystem", move || async move { p.images.release(key.as_str()).await.map_err(|e| e.to_string()) });
-    let rootfs = parts.images.provision(container.id.as_str(), &order.image).await?;
-    let mut image_volumes = Vec::new();
-    for (number, (image, sub_path)) in order.volumes.iter().enumerate() {
-        image_volumes.push(parts.images.provision_volume(container.id.as_str(), number, image, sub_path).await?);
-    }
+    let provisioning = async {
+        let rootfs = parts.images.provision(container.id.as_str(), &order.image).await?;
+        let mut volumes = Vec::new();
+        for (number, (image, sub_path)) in order.volumes.iter().enumerate() {
+            volumes.push(parts.images.provision_volume(container.id.as_str(), number, image, sub_path).await?);
+        }
+        Ok::<_, Error>((rootfs, volumes))
+    };
+    let (rootfs, image_volumes) = provisioning.instrument(step_span!("provision", pod.id, container.id)).await?;
     failpoint::hit("create_container.provisioned");
 
     let (p, in_pod, key) = (parts.clone(), pod.clone(), container.id.clone());
@@ -346,14 +369,15 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
         image_volumes: &image_volumes,
     };
     let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) };
-    let plan = parts.isolators.prepare(&cx).await?;
+    let plan = parts.isolators.prepare(&cx).instrument(step_span!("prepare", pod.id, container.id)).await?;
     failpoint::hit("create_container.prepared");
 
     let user = plan.spec.process().as_ref().map(|p| p.user().clone()).unwrap_or_default();
     let stop_signal = plan.stop_signal.or(container.spec.stop_signal).unwrap_or(SIGTERM);
     let io = TaskIo { log: container.log_path.clone(), stdin: container.spec.stdin, terminal: container.spec.tty };
     let launch = TaskLaunch { plan, rootfs: rootfs.mounts.clone(), io };
-    let pid = parts.launcher.create_task(&pod.id, &container.id, &launch).await?;
+    let creating = parts.launcher.create_task(&pod.id, &container.id, &launch);
+    let pid = creating.instrument(step_span!("create_task", pod.id, container.id)).await?;
     let (p, pod_id, key) = (parts.clone(), pod.id.clone(), container.id.clone());
     undo.push("delete task", move || async move { p.launcher.delete_task(&pod_id, &key).await.map_err(|e| e.to_string()) });
     failpoint::hit("create_container.launched");
@@ -362,7 +386,7 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
         parts.images.settle_volumes(container.id.as_str()).await?;
     }
 
-    parts.isolators.isolate(&cx, pid).await?;
+    parts.isolators.isolate(&cx, pid).instrument(step_span!("isolate", pod.id, container.id)).await?;
     failpoint::hit("create_container.isolated");
 
     let user = (user.uid(), user.gid(), user.additional_gids().clone().unwrap_or_default());
@@ -419,8 +443,16 @@ pub(super) fn begin_pod(parts: &Arc<Parts>, spec: PodSpec, reply: Reply<PodId>) 
     let claim = parts.names().claim(&spec.metadata, reply);
     match claim {
         Claim::Joined => {}
-        Claim::Exists(id, reply) => drop(reply.send(Ok(id))),
-        Claim::First => drop(tokio::spawn(run_pod(parts.clone(), spec))),
+        Claim::Exists(id, reply) => {
+            reply.cause().record("pod", id.as_str());
+            drop(reply.send(Ok(id)));
+        }
+        Claim::First => {
+            let id = PodId::random();
+            Span::current().record("pod", id.as_str());
+            let span = act_span!("pod.make", id);
+            drop(tokio::spawn(run_pod(parts.clone(), id, spec, span)));
+        }
     }
 }
 

@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::broadcast;
+use tracing::{Instrument, Span};
 
 use super::admit::Ask;
 use super::owner::{Message, ask};
 use super::parts::{Config, Parts, Reply};
+use super::spans::act_span;
 use super::{Container, Engine, Event, Pod, create, recover, slot, stop};
 use crate::disk::Layout;
 use crate::isolators::Isolators;
@@ -66,6 +68,7 @@ impl Containerizer {
 
     /// Asks the owner of `container`; a container or pod that goes meanwhile is `NotFound`.
     async fn ask_about<T>(&self, container: &Container, message: impl FnOnce(Reply<T>) -> Message) -> Result<T> {
+        Span::current().record("pod", container.pod.as_str());
         let gone = || Err(Error::not_found(format!("find container {}: it was removed meanwhile", container.id)));
         ask(&self.parts, &container.pod, message).await.unwrap_or_else(gone)
     }
@@ -106,7 +109,7 @@ impl Engine for Containerizer {
             let known = self.parts.launcher.handlers().join(", ");
             return Err(Error::invalid(format!("find runtime handler {:?}: no such handler, known are {known}", spec.runtime_handler)));
         }
-        let (reply, answer) = oneshot::channel();
+        let (reply, answer) = Reply::channel();
         create::begin_pod(&self.parts, spec, reply);
         answer.await.unwrap_or_else(|_| Err(Error::internal("make pod: its owner ended unexpectedly")))
     }
@@ -144,14 +147,20 @@ impl Engine for Containerizer {
 
     async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
         match self.known_container(id)? {
-            Some(container) => stop::stop(&self.parts, &container, grace).await,
+            Some(container) => {
+                Span::current().record("pod", container.pod.as_str());
+                stop::stop(&self.parts, &container, grace).instrument(act_span!("container.stop", container.pod, container.id)).await
+            }
             None => Ok(()),
         }
     }
 
     async fn remove_container(&self, id: &str) -> Result<()> {
         match self.known_container(id)? {
-            Some(container) => ask(&self.parts, &container.pod, |reply| Message::Remove(container.id.clone(), reply)).await.unwrap_or(Ok(())),
+            Some(container) => {
+                Span::current().record("pod", container.pod.as_str());
+                ask(&self.parts, &container.pod, |reply| Message::Remove(container.id.clone(), reply)).await.unwrap_or(Ok(()))
+            }
             None => Ok(()),
         }
     }
@@ -165,14 +174,16 @@ impl Engine for Containerizer {
         let container = self.parts.visible.container(id)?;
         let _life = self.ask_about(&container, |reply| Message::Enter(container.id.clone(), Ask::ReopenLog, reply)).await?;
         let parts = self.parts.clone();
-        run_to_end("reopen log", async move { parts.launcher.reopen_log(&container.pod, &container.id).await }).await
+        let span = act_span!("container.reopen_log", container.pod, container.id);
+        run_to_end("reopen log", span, async move { parts.launcher.reopen_log(&container.pod, &container.id).await }).await
     }
 
     async fn exec_sync(&self, id: &str, exec: ExecSpec) -> Result<ExecOutput> {
         let container = self.parts.visible.container(id)?;
         let mut life = self.ask_about(&container, |reply| Message::Enter(container.id.clone(), Ask::Exec, reply)).await?;
         let parts = self.parts.clone();
-        run_to_end("exec", async move {
+        let span = act_span!("container.exec", container.pod, container.id);
+        run_to_end("exec", span, async move {
             let mut run = std::pin::pin!(parts.launcher.exec_sync(&container.pod, &container.id, &exec));
             tokio::select! {
                 biased;
@@ -238,6 +249,6 @@ impl Engine for Containerizer {
 }
 
 /// Runs `work` in a task of its own, so that a caller who leaves does not cut it short.
-async fn run_to_end<T: Send + 'static>(what: &'static str, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-    tokio::spawn(work).await.unwrap_or_else(|e| Err(Error::with(Kind::Internal, what, e)))
+async fn run_to_end<T: Send + 'static>(what: &'static str, span: Span, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work.instrument(span)).await.unwrap_or_else(|e| Err(Error::with(Kind::Internal, what, e)))
 }

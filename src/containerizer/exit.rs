@@ -4,9 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::Instrument;
+
 use super::owner::{Message, Note, Owner};
 use super::parts::Parts;
 use super::slot::{Slot, Task};
+use super::spans::{act_span, step_span};
 use super::{Container, EventKind, Pod};
 use crate::launcher::TaskState;
 use crate::model::ContainerId;
@@ -64,10 +67,14 @@ pub(super) fn exit_of(parts: &Parts, pod: &Pod, id: &ContainerId, code: i32, at:
 impl Owner {
     /// A container's process has ended.
     pub(super) async fn exited(&mut self, id: ContainerId, ended: Ended) {
-        let Some(slot) = self.slots.get_mut(&id) else { return };
-        if slot.has_exited() || slot.starting.is_some() {
-            return;
+        if self.slots.get(&id).is_some_and(|slot| !slot.has_exited() && slot.starting.is_none()) {
+            let span = act_span!("container.exit", self.pod.id, id);
+            self.take_exit(id, ended).instrument(span).await;
         }
+    }
+
+    async fn take_exit(&mut self, id: ContainerId, ended: Ended) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
         slot.watcher = None;
         let exit = match ended {
             Ended::Process(code, at) => exit_of(&self.parts, &self.pod, &id, code, at),
@@ -101,10 +108,12 @@ impl Owner {
         let Some(slot) = self.slots.get_mut(id) else { return };
         slot.task = Task::Deleting;
         let (parts, pod, id) = (self.parts.clone(), self.pod.id.clone(), id.clone());
-        self.spawn(async move {
+        let span = step_span!("delete_task", pod, id);
+        let work = async move {
             let result = parts.limited("delete task", parts.launcher.delete_task(&pod, &id)).await;
             Note::TaskDeleted(id, result)
-        });
+        };
+        self.spawn(work.instrument(span));
     }
 
     pub(super) fn task_deleted(&mut self, id: &ContainerId, result: Result<()>) {
@@ -129,14 +138,16 @@ impl Owner {
         let idle = self.slots.iter().filter(|(_, s)| s.starting.is_none() && matches!(s.container.phase, ContainerPhase::Created { .. }));
         for id in idle.map(|(id, _)| id.clone()) {
             let (parts, pod, me) = (self.parts.clone(), self.pod.id.clone(), self.me.clone());
-            tokio::spawn(async move {
+            let span = step_span!("probe", pod, id);
+            let work = async move {
                 let ended = match parts.limited("ask for task state", parts.launcher.task_state(&pod, &id)).await {
                     Ok(TaskState::Created { .. } | TaskState::Running { .. }) => return,
                     Ok(TaskState::Exited { code, at }) => Ended::Process(code, at),
                     Ok(TaskState::Gone) | Err(_) => Ended::Lost("the sandbox ended before the container was started".to_owned()),
                 };
                 let _ = me.send(Message::Note(Note::Exited(id, ended))).await;
-            });
+            };
+            tokio::spawn(work.instrument(span));
         }
     }
 

@@ -6,12 +6,14 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
+use tracing::{Instrument, Span};
 
 use super::create::{self, Failed, Order};
 use super::owner::{Note, Owner};
 use super::parts::{Parts, Reply};
 use super::remove::{self, Torn};
 use super::slot::{Basis, Task};
+use super::spans::{act_span, step_span};
 use super::{Container, Pod};
 use crate::isolators::{ContainerCx, Cx};
 use crate::model::ContainerId;
@@ -53,17 +55,27 @@ pub(super) enum Done {
     Erased(Result<()>),
 }
 
-/// The queue.
+impl Done {
+    /// The span of who wanted it, where that is known from what came of it.
+    pub(super) fn cause(&self) -> Span {
+        match self {
+            Self::Updated(_, _, reply) => reply.cause().clone(),
+            _ => Span::none(),
+        }
+    }
+}
+
+/// The queue: jobs with the spans that they belong to.
 #[derive(Default)]
 pub(super) struct Lane {
-    queue: VecDeque<Job>,
+    queue: VecDeque<(Span, Job)>,
     busy: bool,
 }
 
 impl Lane {
-    /// Queues a job; it starts when the owner advances.
+    /// Queues a job of the current span; it starts when the owner advances.
     pub(super) fn push(&mut self, job: Job) {
-        self.queue.push_back(job);
+        self.queue.push_back((Span::current(), job));
     }
 
     /// Nothing queued, nothing running.
@@ -74,10 +86,10 @@ impl Lane {
     /// Takes queued creations out: the pod is being stopped.
     pub(super) fn drain_creations(&mut self) -> Vec<Order> {
         let (mut orders, mut kept) = (Vec::new(), VecDeque::new());
-        for job in self.queue.drain(..) {
+        for (cause, job) in self.queue.drain(..) {
             match job {
                 Job::Create(order) => orders.push(*order),
-                other => kept.push_back(other),
+                other => kept.push_back((cause, other)),
             }
         }
         self.queue = kept;
@@ -89,8 +101,8 @@ impl Owner {
     /// Starts the next job if none runs.
     pub(super) fn advance_lane(&mut self) {
         while !self.lane.busy {
-            let Some(job) = self.lane.queue.pop_front() else { return };
-            self.lane.busy = self.begin(job);
+            let Some((cause, job)) = self.lane.queue.pop_front() else { return };
+            self.lane.busy = cause.in_scope(|| self.begin(job));
         }
     }
 
@@ -101,16 +113,18 @@ impl Owner {
             Job::Create(order) => {
                 let name = order.container.spec.metadata.clone();
                 let broken = Done::Created(name.clone(), Box::new(Err((panicked("create container"), None))));
-                self.spawn_job(async move { Done::Created(name, Box::new(create::acquire_container(parts, pod, *order).await)) }, broken);
+                let span = act_span!("container.make", pod.id, order.container.id);
+                self.spawn_job(async move { Done::Created(name, Box::new(create::acquire_container(parts, pod, *order).await)) }, span, broken);
             }
             Job::Update(id, resources, reply) => {
                 let Some((container, basis)) = self.slots.get(&id).map(|s| (s.container.clone(), s.basis.clone())) else {
                     let _ = reply.send(Err(Error::not_found(format!("update container {id}: no such container"))));
                     return false;
                 };
+                let span = act_span!("container.update", pod.id, id);
                 // A panic here drops the reply with the future; its caller then gets an internal error.
                 self.spawn(async move {
-                    let work = AssertUnwindSafe(update(&parts, &pod, &container, basis, &resources)).catch_unwind();
+                    let work = AssertUnwindSafe(update(&parts, &pod, &container, basis, &resources).instrument(span)).catch_unwind();
                     let result = work.await.unwrap_or_else(|_| Err(panicked("update container")));
                     Note::Lane(Box::new(Done::Updated(id, result, reply)))
                 });
@@ -118,27 +132,31 @@ impl Owner {
             Job::Clean(id) => {
                 let Some((container, held)) = self.slots.get(&id).map(|s| (s.container.clone(), s.task != Task::Gone)) else { return false };
                 let broken = Done::Cleaned(id.clone(), Err(panicked("remove container")));
-                self.spawn_job(async move { Done::Cleaned(id, remove::clean(&parts, &pod, &container.id, held).await) }, broken);
+                let span = act_span!("container.remove", pod.id, id);
+                self.spawn_job(async move { Done::Cleaned(id, remove::clean(&parts, &pod, &container.id, held).await) }, span, broken);
             }
             Job::Sweep(id) => {
                 let broken = Done::Swept(id.clone(), Err(panicked("sweep container")));
-                self.spawn_job(async move { Done::Swept(id.clone(), remove::clean(&parts, &pod, &id, true).await) }, broken);
+                let span = act_span!("container.sweep", pod.id, id);
+                self.spawn_job(async move { Done::Swept(id.clone(), remove::clean(&parts, &pod, &id, true).await) }, span, broken);
             }
             Job::TearDown => {
                 let broken = Done::Torn(Torn { ended: false, failures: vec![panicked("stop pod").to_string()] });
-                self.spawn_job(async move { Done::Torn(remove::tear_down(&parts, &pod).await) }, broken);
+                let span = act_span!("pod.stop", pod.id);
+                self.spawn_job(async move { Done::Torn(remove::tear_down(&parts, &pod).await) }, span, broken);
             }
             Job::Erase => {
                 let broken = Done::Erased(Err(panicked("remove pod")));
-                self.spawn_job(async move { Done::Erased(remove::erase(&parts, &pod.id).await) }, broken);
+                let span = act_span!("pod.remove", pod.id);
+                self.spawn_job(async move { Done::Erased(remove::erase(&parts, &pod.id).await) }, span, broken);
             }
         }
         true
     }
 
     /// A job that panics must not leave the lane busy for ever: then `broken` is its outcome.
-    fn spawn_job(&self, work: impl Future<Output = Done> + Send + 'static, broken: Done) {
-        self.spawn(async move { Note::Lane(Box::new(AssertUnwindSafe(work).catch_unwind().await.unwrap_or(broken))) });
+    fn spawn_job(&self, work: impl Future<Output = Done> + Send + 'static, span: Span, broken: Done) {
+        self.spawn(async move { Note::Lane(Box::new(AssertUnwindSafe(work.instrument(span)).catch_unwind().await.unwrap_or(broken))) });
     }
 
     pub(super) async fn lane_done(&mut self, done: Done) {
@@ -200,9 +218,10 @@ async fn update(parts: &Arc<Parts>, pod: &Pod, container: &Container, basis: Opt
     if let (Some(basis), Some(sandbox)) = (&basis, &pod.sandbox) {
         let inner =
             ContainerCx { id: &container.id, spec: &container.spec, image: &basis.image, rootfs: &basis.rootfs, sandbox, target_pid: None, image_volumes: &[] };
-        parts.isolators.update(&Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) }, &merged).await?;
+        let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) };
+        parts.isolators.update(&cx, &merged).instrument(step_span!("isolate", pod.id, container.id)).await?;
     }
-    parts.launcher.update_task(&pod.id, &container.id, wanted).await?;
+    parts.launcher.update_task(&pod.id, &container.id, wanted).instrument(step_span!("update_task", pod.id, container.id)).await?;
     failpoint::hit("update_container.applied");
     Ok((merged, basis))
 }

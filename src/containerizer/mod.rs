@@ -13,6 +13,7 @@
 //! | `create`, `start`, `exit`, `stop`, `remove` | the moves of pods and containers, one file each |
 //! | `publish` | the visible state and its events |
 //! | `recover` | taking up again after a restart |
+//! | `spans` | how all of this shows in logs and traces |
 
 mod admit;
 mod create;
@@ -26,6 +27,7 @@ mod publish;
 mod recover;
 mod remove;
 mod slot;
+mod spans;
 mod start;
 mod stop;
 #[cfg(test)]
@@ -132,10 +134,11 @@ pub struct Event {
 }
 
 /// The engine as fronts see it. Calls that change a pod are messages to its one owner: dropping the future stops the
-/// waiting, never the work; a retry joins or finds the first attempt.
+/// waiting, never the work; a retry joins or finds the first attempt. The work is below the caller's span, whose fields `pod`
+/// and `container`, if it has them, get the ids that the call does not name.
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// Whether recovery is done; before it every call but Version answers `Unavailable`.
+    /// Whether recovery is done; before it a front answers `Unavailable`.
     fn ready(&self) -> bool;
 
     /// The image side.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
+use tracing::{Instrument, Span};
 
 use super::admit::{self, Admit, Ask};
 use super::exit::Ended;
@@ -19,6 +20,7 @@ use super::parts::{Parts, Reply};
 use super::recover::Probe;
 use super::remove::Stage;
 use super::slot::{Life, Slot};
+use super::spans::step_span;
 use super::{Container, EventKind, Pod};
 use crate::disk::pods;
 use crate::model::container::ContainerMetadata;
@@ -62,6 +64,22 @@ pub(super) enum Message {
     UpdatePod(Box<(Option<Resources>, Option<Resources>)>, Reply<()>),
     /// Work of the owner's own has ended.
     Note(Note),
+}
+
+impl Message {
+    /// The span of the request that this is, or belongs to.
+    fn cause(&self) -> Span {
+        match self {
+            Self::Create(_, reply) => reply.cause(),
+            Self::Halt(_, _, reply) => reply.cause(),
+            Self::Enter(_, _, reply) => reply.cause(),
+            Self::Start(_, reply) | Self::Update(_, _, reply) | Self::Remove(_, reply) | Self::UpdatePod(_, reply) => reply.cause(),
+            Self::StopPod(reply) | Self::RemovePod(reply) | Self::Note(Note::Started(_, _, reply)) => reply.cause(),
+            Self::Note(Note::Lane(done)) => return done.cause(),
+            Self::Note(_) => return Span::none(),
+        }
+        .clone()
+    }
 }
 
 /// What tasks of the owner report.
@@ -144,6 +162,11 @@ impl Owner {
     }
 
     pub(super) async fn handle(&mut self, message: Message) {
+        let cause = message.cause();
+        self.take(message).instrument(cause).await;
+    }
+
+    async fn take(&mut self, message: Message) {
         match message {
             Message::Create(spec, reply) => self.create(spec, reply),
             Message::Start(id, reply) => self.start(id, reply).await,
@@ -232,7 +255,8 @@ impl Owner {
     /// I/O errors.
     pub(super) async fn record_pod(&self, pod: &Pod) -> Result<()> {
         let (layout, pod) = (self.parts.layout.clone(), pod.clone());
-        blocking::run("record pod", move || pods::write_pod(&layout, &pod.id, &pod)).await
+        let span = step_span!("record", pod.id);
+        blocking::run("record pod", move || pods::write_pod(&layout, &pod.id, &pod)).instrument(span).await
     }
 
     /// # Errors
@@ -251,7 +275,7 @@ impl Owner {
         written.is_ok()
     }
 
-    /// Starts a task that reports to this owner when it ends.
+    /// Starts a task that reports to this owner when it ends. It is in no span but those it opens: many wait for long.
     pub(super) fn spawn(&self, work: impl Future<Output = Note> + Send + 'static) -> AbortHandle {
         let me = self.me.clone();
         tokio::spawn(async move {
@@ -290,13 +314,14 @@ impl Drop for Owner {
 /// I/O errors.
 pub(super) async fn record_container(parts: &Parts, container: &Container) -> Result<()> {
     let (layout, container) = (parts.layout.clone(), container.clone());
-    blocking::run("record container", move || pods::write_container(&layout, &container.pod, &container.id, &container)).await
+    let span = step_span!("record", container.pod, container.id);
+    blocking::run("record container", move || pods::write_container(&layout, &container.pod, &container.id, &container)).instrument(span).await
 }
 
 /// Sends a request to the owner of `pod` and waits for its answer. `None` when the pod was removed before or meanwhile.
 pub(super) async fn ask<T>(parts: &Parts, pod: &PodId, message: impl FnOnce(Reply<T>) -> Message) -> Option<Result<T>> {
     let owner = parts.owner(pod)?;
-    let (reply, answer) = tokio::sync::oneshot::channel();
+    let (reply, answer) = Reply::channel();
     if owner.send(message(reply)).await.is_ok()
         && let Ok(answer) = answer.await
     {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
 use super::names::Names;
 use super::owner::Message;
@@ -22,8 +23,29 @@ use crate::model::{ContainerId, PodId};
 use crate::network::Network;
 use crate::provisioner::Images;
 
-/// Where an answer goes.
-pub(super) type Reply<T> = oneshot::Sender<Result<T>>;
+/// Where an answer goes, with the span of who asked: the work is part of it, also when the caller has left.
+pub(super) struct Reply<T> {
+    to: oneshot::Sender<Result<T>>,
+    cause: Span,
+}
+
+impl<T> Reply<T> {
+    /// One for a request of the current span.
+    pub(super) fn channel() -> (Self, oneshot::Receiver<Result<T>>) {
+        let (to, answer) = oneshot::channel();
+        (Self { to, cause: Span::current() }, answer)
+    }
+
+    /// Answers; gives the answer back when nobody waits for it any more.
+    pub(super) fn send(self, answer: Result<T>) -> Result<(), Result<T>> {
+        self.to.send(answer)
+    }
+
+    /// The span of the request.
+    pub(super) fn cause(&self) -> &Span {
+        &self.cause
+    }
+}
 
 /// Time limits and sizes of the containerizer. The defaults fit a loaded node; nothing here has to be set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,12 +17,14 @@ use std::time::Duration;
 use futures_util::future::{join_all, try_join_all};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
+use tracing::Instrument;
 
 use super::exit::{self, Ended};
 use super::lane::Job;
 use super::owner::{Note, Owner};
 use super::parts::Parts;
 use super::slot::{Slot, Task};
+use super::spans::{act_span, step_span};
 use super::{Container, EventKind, Pod, remove};
 use crate::disk::pods::{self, Loaded, LoadedPod};
 use crate::launcher::TaskState;
@@ -75,8 +77,12 @@ pub(super) fn judge(recorded: &ContainerPhase, state: &TaskState, now: i64) -> V
 /// # Errors
 /// When the records cannot be listed. Whatever fails for one pod is logged and left to its removal.
 pub(super) async fn recover(parts: &Arc<Parts>) -> Result<()> {
+    take_up(parts).instrument(tracing::info_span!("recover")).await
+}
+
+async fn take_up(parts: &Arc<Parts>) -> Result<()> {
     let layout = parts.layout.clone();
-    let loaded: Loaded<Pod, Container> = blocking::run("load pod records", move || pods::load(&layout)).await?;
+    let loaded: Loaded<Pod, Container> = blocking::run("load pod records", move || pods::load(&layout)).instrument(tracing::debug_span!("load")).await?;
     for report in &loaded.quarantined {
         tracing::error!(report, "damaged record was quarantined");
     }
@@ -84,12 +90,13 @@ pub(super) async fn recover(parts: &Arc<Parts>) -> Result<()> {
         let stamps = pod.containers.iter().map(|c| c.created_at).chain([pod.pod.created_at]);
         stamps.for_each(|at| parts.stamps.pass(at));
     }
-    sweep_unknown(parts, &loaded).await;
+    sweep_unknown(parts, &loaded).instrument(tracing::debug_span!("sweep")).await;
     failpoint::hit("recover.swept");
 
     let mut pods = JoinSet::new();
     for pod in loaded.pods {
-        pods.spawn(recover_pod(parts.clone(), pod));
+        let span = act_span!("pod.recover", pod.pod.id);
+        pods.spawn(recover_pod(parts.clone(), pod).instrument(span));
     }
     while let Some(done) = pods.join_next().await {
         if let Err(error) = done {
@@ -102,7 +109,10 @@ pub(super) async fn recover(parts: &Arc<Parts>) -> Result<()> {
 
 /// Kills and gives back what belongs to no record.
 async fn sweep_unknown(parts: &Arc<Parts>, loaded: &Loaded<Pod, Container>) {
-    let kills = loaded.orphans.iter().map(async |id| (id, parts.limited("delete sandbox", parts.launcher.delete_sandbox(id, "", None)).await));
+    let kills = loaded.orphans.iter().map(async |id| {
+        let deleting = parts.limited("delete sandbox", parts.launcher.delete_sandbox(id, "", None));
+        (id, deleting.instrument(step_span!("delete_sandbox", id)).await)
+    });
     let killed = join_all(kills).await;
     // Half-made pods count as known here: they are undone below, processes first.
     let known: Vec<PodId> = loaded.pods.iter().map(|p| p.pod.id.clone()).collect();
@@ -166,7 +176,7 @@ async fn finish_undo(parts: &Arc<Parts>, pod: Pod) -> Option<Pod> {
     if pod.phase != PodPhase::Creating {
         return Some(pod);
     }
-    let torn = remove::tear_down(parts, &pod).await;
+    let torn = remove::tear_down(parts, &pod).instrument(step_span!("undo", pod.id)).await;
     let mut leftovers = torn.failures;
     if leftovers.is_empty() {
         match remove::erase(parts, &pod.id).await {
@@ -195,7 +205,7 @@ pub(super) async fn probe(parts: &Parts, pod: &Pod, containers: Vec<ContainerId>
         }))
         .await
     };
-    match timeout(limit, ask).await {
+    match timeout(limit, ask).instrument(step_span!("probe", pod.id)).await {
         Ok(Ok(states)) => Probe::Alive(states),
         Ok(Err(e)) if e.kind == Kind::NotFound => Probe::Dead(e.to_string()),
         Ok(Err(e)) => Probe::Silent(e.to_string()),
@@ -255,13 +265,15 @@ impl Owner {
         let open: Vec<_> = self.slots.iter().filter(|(_, s)| !s.has_exited()).map(|(id, _)| id.clone()).collect();
         for id in &open {
             // Before the end is published: whatever outlived its shim must not outlive that.
-            if let Err(error) = self.parts.limited("delete task", self.parts.launcher.delete_task(&self.pod.id, id)).await {
+            let deleting = self.parts.limited("delete task", self.parts.launcher.delete_task(&self.pod.id, id));
+            if let Err(error) = deleting.instrument(step_span!("delete_task", self.pod.id, id)).await {
                 tracing::warn!(container = %id, %error, "remains of a container could not be deleted, its removal tries again");
             }
         }
         if let Some(sandbox) = &self.pod.sandbox {
             let (launcher, pod) = (&self.parts.launcher, &self.pod);
-            if let Err(error) = self.parts.limited("delete sandbox", launcher.delete_sandbox(&pod.id, &pod.spec.runtime_handler, Some(sandbox))).await {
+            let deleting = self.parts.limited("delete sandbox", launcher.delete_sandbox(&pod.id, &pod.spec.runtime_handler, Some(sandbox)));
+            if let Err(error) = deleting.instrument(step_span!("delete_sandbox", pod.id)).await {
                 tracing::warn!(pod = %pod.id, %error, "remains of a dead shim could not be removed, stopping the pod tries again");
             }
         }

@@ -4,11 +4,14 @@
 
 use std::sync::Arc;
 
+use tracing::{Instrument, Span};
+
 use super::admit::{self, Ask};
 use super::lane::Job;
 use super::owner::Owner;
 use super::parts::{Parts, Reply, copy, refuse_all};
 use super::slot::Task;
+use super::spans::step_span;
 use super::{Container, Pod, create};
 use crate::disk::pods;
 use crate::model::error::{Error, Result};
@@ -105,12 +108,20 @@ impl Owner {
     /// Takes every step that is possible now.
     pub(super) async fn advance(&mut self) {
         match self.stage {
-            Stage::Ending => self.advance_ending().await,
-            Stage::Clearing => self.advance_clearing(),
+            Stage::Ending => {
+                let cause = self.end_cause();
+                self.advance_ending().instrument(cause).await;
+            }
+            Stage::Clearing => self.end_cause().in_scope(|| self.advance_clearing()),
             Stage::Idle | Stage::Tearing | Stage::Erasing => {}
         }
         self.advance_removals();
         self.advance_lane();
+    }
+
+    /// The span of who wants the end of the pod.
+    fn end_cause(&self) -> Span {
+        self.stoppers.first().or(self.removers.first()).map_or_else(Span::none, |reply| reply.cause().clone())
     }
 
     async fn advance_ending(&mut self) {
@@ -143,6 +154,7 @@ impl Owner {
 
     /// Containers that somebody wants removed: kill, wait for the exit and the shim, then clean up in the lane.
     fn advance_removals(&mut self) {
+        let pod = self.end_cause();
         let mut kill = Vec::new();
         for (id, slot) in &mut self.slots {
             if slot.removal.is_none() || slot.cleaning || slot.starting.is_some() || slot.task == Task::Deleting {
@@ -152,22 +164,24 @@ impl Owner {
                 kill.push(id.clone());
             } else {
                 slot.cleaning = true;
-                self.lane.push(Job::Clean(id.clone()));
+                slot.removal_cause(&pod).in_scope(|| self.lane.push(Job::Clean(id.clone())));
             }
         }
         for id in kill {
-            self.kill(&id);
+            let cause = self.slots.get(&id).map_or_else(Span::none, |slot| slot.removal_cause(&pod));
+            cause.in_scope(|| self.kill(&id));
         }
     }
 
     /// The sandbox has ended, or not.
     pub(super) async fn torn(&mut self, torn: Torn) {
+        let cause = self.end_cause();
         if torn.ended {
-            self.end_remaining().await;
+            self.end_remaining().instrument(cause.clone()).await;
         }
         let sandbox = if torn.ended { None } else { self.pod.sandbox.clone() };
         let pod = Pod { sandbox, leftovers: torn.failures, ..Pod::clone(&self.pod) };
-        if let Err(error) = self.record_pod(&pod).await {
+        if let Err(error) = self.record_pod(&pod).instrument(cause).await {
             // Harmless: a restart finds a dead sandbox in the record and tears it down once more.
             tracing::warn!(pod = %pod.id, %error, "pod record could not be written");
         }
@@ -252,21 +266,23 @@ impl Owner {
 /// Gives back everything a container has. The directories with its record go last and only when nothing else is left.
 pub(super) async fn clean(parts: &Arc<Parts>, pod: &Pod, id: &ContainerId, held: bool) -> Result<()> {
     let mut failures = Vec::new();
-    if held && let Err(e) = parts.limited("delete task", parts.launcher.delete_task(&pod.id, id)).await {
-        failures.push(e.to_string());
+    if held {
+        let deleting = parts.limited("delete task", parts.launcher.delete_task(&pod.id, id));
+        failures.extend(deleting.instrument(step_span!("delete_task", pod.id, id)).await.err().map(|e| e.to_string()));
     }
     failpoint::hit("remove_container.task_deleted");
-    failures.extend(parts.isolators.cleanup(&pod.id, &pod.spec, Some(id)).await);
+    failures.extend(parts.isolators.cleanup(&pod.id, &pod.spec, Some(id)).instrument(step_span!("cleanup", pod.id, id)).await);
     failpoint::hit("remove_container.cleaned");
-    if let Err(e) = parts.images.release(id.as_str()).await {
+    if let Err(e) = parts.images.release(id.as_str()).instrument(step_span!("release", pod.id, id)).await {
         failures.push(e.to_string());
     }
     failpoint::hit("remove_container.released");
     if !failures.is_empty() {
         return Err(Error::internal(format!("remove container {id}: {}", failures.join("; "))));
     }
+    let span = step_span!("erase", pod.id, id);
     let (layout, pod, key) = (parts.layout.clone(), pod.id.clone(), id.clone());
-    blocking::run("remove container directories", move || pods::remove_container(&layout, &pod, &key)).await?;
+    blocking::run("remove container directories", move || pods::remove_container(&layout, &pod, &key)).instrument(span).await?;
     failpoint::hit("remove_container.erased");
     Ok(())
 }
@@ -274,9 +290,10 @@ pub(super) async fn clean(parts: &Arc<Parts>, pod: &Pod, id: &ContainerId, held:
 /// Ends the sandbox and gives back everything the pod has. Processes first, network and mounts after them.
 pub(super) async fn tear_down(parts: &Arc<Parts>, pod: &Pod) -> Torn {
     let mut failures = Vec::new();
-    let stopped = parts.limited("stop sandbox", parts.launcher.stop_sandbox(&pod.id)).await;
+    let stopped = parts.limited("stop sandbox", parts.launcher.stop_sandbox(&pod.id)).instrument(step_span!("stop_sandbox", pod.id)).await;
     failpoint::hit("stop_pod.sandbox_stopped");
-    let deleted = parts.limited("delete sandbox", parts.launcher.delete_sandbox(&pod.id, &pod.spec.runtime_handler, pod.sandbox.as_ref())).await;
+    let deleting = parts.limited("delete sandbox", parts.launcher.delete_sandbox(&pod.id, &pod.spec.runtime_handler, pod.sandbox.as_ref()));
+    let deleted = deleting.instrument(step_span!("delete_sandbox", pod.id)).await;
     failpoint::hit("stop_pod.sandbox_deleted");
     let ended = deleted.is_ok();
     if let Err(e) = deleted {
@@ -284,7 +301,7 @@ pub(super) async fn tear_down(parts: &Arc<Parts>, pod: &Pod) -> Torn {
         failures.extend(stopped.err().map(|e| format!("stop sandbox: {e}")));
         failures.push(format!("delete sandbox: {e}"));
     }
-    failures.extend(parts.isolators.cleanup(&pod.id, &pod.spec, None).await);
+    failures.extend(parts.isolators.cleanup(&pod.id, &pod.spec, None).instrument(step_span!("cleanup", pod.id)).await);
     failpoint::hit("stop_pod.cleaned");
     Torn { ended, failures }
 }
@@ -293,7 +310,7 @@ pub(super) async fn tear_down(parts: &Arc<Parts>, pod: &Pod) -> Torn {
 pub(super) async fn erase(parts: &Arc<Parts>, id: &PodId) -> Result<()> {
     failpoint::hit("remove_pod.containers_removed");
     let (layout, key) = (parts.layout.clone(), id.clone());
-    blocking::run("remove pod directories", move || pods::remove_pod(&layout, &key)).await?;
+    blocking::run("remove pod directories", move || pods::remove_pod(&layout, &key)).instrument(step_span!("erase", id)).await?;
     failpoint::hit("remove_pod.erased");
     Ok(())
 }

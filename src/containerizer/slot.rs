@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tracing::Span;
 
 use super::Container;
 use super::admit::Standing;
@@ -101,6 +102,11 @@ impl Slot {
 
     pub(super) fn standing(&self) -> Standing {
         Standing::of(&self.container.phase, self.starting.is_some(), self.removal.is_some())
+    }
+
+    /// The span of who wants it removed; who wants the whole `pod` removed may not have asked for the container.
+    pub(super) fn removal_cause(&self, pod: &Span) -> Span {
+        self.removal.iter().flatten().next().map_or(pod, Reply::cause).clone()
     }
 
     pub(super) fn is_running(&self) -> bool {

@@ -5,10 +5,13 @@
 
 use std::sync::Arc;
 
+use tracing::Instrument;
+
 use super::admit::{self, Ask};
 use super::owner::{Note, Owner};
 use super::parts::Reply;
 use super::slot::{Slot, Task};
+use super::spans::{act_span, step_span};
 use super::{Container, EventKind};
 use crate::model::ContainerId;
 use crate::model::error::{Error, Result};
@@ -18,6 +21,11 @@ use crate::stdx::{clock, failpoint};
 impl Owner {
     /// `StartContainer`.
     pub(super) async fn start(&mut self, id: ContainerId, reply: Reply<()>) {
+        let span = act_span!("container.start", self.pod.id, id);
+        self.begin_start(id, reply).instrument(span).await;
+    }
+
+    async fn begin_start(&mut self, id: ContainerId, reply: Reply<()>) {
         let running = match self.startable(&id) {
             Ok(running) => running,
             Err(e) => return drop(reply.send(Err(e))),
@@ -31,16 +39,18 @@ impl Owner {
             slot.starting = Some(Arc::new(running));
         }
         let (parts, pod) = (self.parts.clone(), self.pod.id.clone());
-        self.spawn(async move {
-            let result = parts.launcher.start_task(&pod, &id).await;
+        let work = async move {
+            let result = parts.launcher.start_task(&pod, &id).instrument(step_span!("start_task", pod, id)).await;
             failpoint::hit("start_container.started");
             if result.is_err()
-                && let Err(error) = parts.limited("delete task", parts.launcher.delete_task(&pod, &id)).await
+                && let undo = parts.limited("delete task", parts.launcher.delete_task(&pod, &id))
+                && let Err(error) = undo.instrument(step_span!("delete_task", pod, id)).await
             {
                 tracing::warn!(container = %id, %error, "task of a container that failed to start could not be deleted, its removal tries again");
             }
             Note::Started(id, result, reply)
-        });
+        };
+        self.spawn(work.in_current_span());
     }
 
     /// What the container becomes, if it may be started now.

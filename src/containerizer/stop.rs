@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tracing::Instrument;
 
 use super::Container;
 use super::admit::{self, Admit, Ask};
 use super::owner::{Halt, Message, Note, Owner, ask};
 use super::parts::{Parts, Reply};
 use super::slot::{self, Life, Slot};
+use super::spans::step_span;
 use crate::model::ContainerId;
 use crate::model::error::{Error, Kind, Result};
 
@@ -31,11 +33,16 @@ pub(super) async fn stop(parts: &Parts, container: &Container, grace: Duration) 
     };
     if !grace.is_zero() {
         let deadline = tokio::time::sleep(grace);
-        let Some(mut life) = halt(Halt::Ask).await? else { return Ok(()) };
-        tokio::select! {
-            biased;
-            result = slot::ended(&mut life) => return result,
-            () = deadline => {}
+        let asked = async {
+            let Some(mut life) = halt(Halt::Ask).await? else { return Ok(true) };
+            tokio::select! {
+                biased;
+                result = slot::ended(&mut life) => result.map(|()| true),
+                () = deadline => Ok(false),
+            }
+        };
+        if asked.instrument(step_span!("grace", container.pod, container.id)).await? {
+            return Ok(());
         }
     }
     match halt(Halt::Kill).await? {
@@ -71,11 +78,13 @@ impl Owner {
         clear_failure(slot);
         let (parts, container) = (self.parts.clone(), slot.container.clone());
         let me = self.me.clone();
-        tokio::spawn(async move {
+        let span = step_span!("signal", container.pod, container.id);
+        let work = async move {
             if let Err(error) = send(&parts, &container, container.stop_signal, false).await {
                 let _ = me.send(Message::Note(Note::HaltFailed(container.id.clone(), Halt::Ask, error))).await;
             }
-        });
+        };
+        tokio::spawn(work.instrument(span));
     }
 
     /// Kills everything in the container and sees to it that it ends.
@@ -88,7 +97,8 @@ impl Owner {
         clear_failure(slot);
         let (parts, container, mut life) = (self.parts.clone(), slot.container.clone(), slot.life.subscribe());
         let me = self.me.clone();
-        tokio::spawn(async move {
+        let span = step_span!("kill", container.pod, container.id);
+        let work = async move {
             let error = match send(&parts, &container, SIGKILL, true).await {
                 Err(error) => error,
                 Ok(()) => match tokio::time::timeout(limit, slot::ended(&mut life)).await {
@@ -97,7 +107,8 @@ impl Owner {
                 },
             };
             let _ = me.send(Message::Note(Note::HaltFailed(container.id.clone(), Halt::Kill, error))).await;
-        });
+        };
+        tokio::spawn(work.instrument(span));
     }
 
     pub(super) fn halt_failed(&mut self, id: &ContainerId, how: Halt, error: Error) {

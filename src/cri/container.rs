@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use tracing::Span;
-
 use super::convert::{choice, container as convert, required, resources, selected, status as show};
 use super::{Front, named};
 use crate::containerizer::Pod;
@@ -25,7 +23,6 @@ pub(super) async fn create(front: &Front, request: wire::CreateContainerRequest)
     }
     let what = format!("create container {}", spec.metadata.name);
     let id = front.engine.create_container(pod.id.as_str(), spec).await.map_err(|e| e.within(what))?;
-    Span::current().record("container", id.as_str());
     Ok(wire::CreateContainerResponse { container_id: id.to_string() })
 }
 

@@ -31,7 +31,8 @@ macro_rules! calls {
             $(
                 async fn $name(&self, request: Request<wire::$request>) -> Result<Response<wire::$answer>, Status> {
                     let request = request.into_inner();
-                    let span = tracing::info_span!("cri", rpc = stringify!($name), pod = Empty, container = Empty);
+                    // The ids that the request does not name are filled in by the engine as soon as there are any.
+                    let span = tracing::info_span!(stringify!($name), pod = Empty, container = Empty);
                     $(span.record(stringify!($subject), request.$field.as_str());)?
                     answer(span, $handler(self, request)).await
                 }
@@ -40,7 +41,7 @@ macro_rules! calls {
                 type $stream = Streamed<wire::$item>;
 
                 async fn $stream_name(&self, request: Request<wire::$stream_request>) -> Result<Response<Self::$stream>, Status> {
-                    let span = tracing::info_span!("cri", rpc = stringify!($stream_name));
+                    let span = tracing::info_span!(stringify!($stream_name));
                     answer(span, $stream_handler(self, request.into_inner())).await
                 }
             )*

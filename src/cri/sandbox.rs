@@ -1,7 +1,5 @@
 //! Pods (cri-behaviour §5).
 
-use tracing::Span;
-
 use super::convert::{choice, pod as convert, required, resources, selected, status as show};
 use super::{Front, named};
 use crate::model::error::Result;
@@ -11,7 +9,6 @@ pub(super) async fn run(front: &Front, request: wire::RunPodSandboxRequest) -> R
     let spec = convert::from_wire(required(request.config, "config")?, request.runtime_handler)?;
     let what = format!("run pod {}/{}", spec.metadata.namespace, spec.metadata.name);
     let id = front.engine.run_pod(spec).await.map_err(|e| e.within(what))?;
-    Span::current().record("pod", id.as_str());
     Ok(wire::RunPodSandboxResponse { pod_sandbox_id: id.to_string() })
 }
 

@@ -1,8 +1,12 @@
 //! Logs and traces: `tracing` to standard error (text or JSON), spans to an OTLP collector when one is configured.
+//!
+//! `log.level` decides what is logged and nothing else: a collector gets every call and every step of a pod ([`traced`]).
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig as _;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
@@ -50,8 +54,14 @@ pub fn start(log: &Log, traces: &Tracing) -> Result<Telemetry> {
         let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build();
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("mesocri"));
         telemetry.provider = Some(provider);
-        Some(layer)
+        Some(layer.with_filter(traced()))
     };
     tracing_subscriber::registry().with(exporter).with(lines.with_filter(filter)).try_init().map_err(|e| Error::internal(format!("set up logging: {e}")))?;
     Ok(telemetry)
+}
+
+/// What is exported: our own spans, down to the steps, which are at level debug. Those of the libraries below are not: the exporter
+/// would trace its own calls without end.
+fn traced() -> Targets {
+    Targets::new().with_target(env!("CARGO_CRATE_NAME"), LevelFilter::DEBUG)
 }

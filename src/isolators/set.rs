@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tracing::{Instrument, Span};
+
 use super::{Cx, Deps, ENTRIES, Isolator};
 use crate::model::error::{Error, Result};
 use crate::model::image::Image;
@@ -82,7 +84,7 @@ impl Isolators {
     pub async fn prepare(&self, cx: &Cx<'_>) -> Result<LaunchPlan> {
         let mut plan = LaunchPlan::for_cx(cx.container.is_some());
         for isolator in &self.0 {
-            let patch = isolator.prepare(cx).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
+            let patch = isolator.prepare(cx).instrument(span_in(isolator.name(), cx)).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
             plan.apply(isolator.name(), patch)?;
         }
         plan.finish();
@@ -95,7 +97,7 @@ impl Isolators {
     /// The first failure, by name.
     pub async fn isolate(&self, cx: &Cx<'_>, pid: u32) -> Result<()> {
         for isolator in &self.0 {
-            isolator.isolate(cx, pid).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
+            isolator.isolate(cx, pid).instrument(span_in(isolator.name(), cx)).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
         }
         Ok(())
     }
@@ -106,7 +108,7 @@ impl Isolators {
     /// The first failure, by name.
     pub async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<()> {
         for isolator in &self.0 {
-            isolator.update(cx, merged).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
+            isolator.update(cx, merged).instrument(span_in(isolator.name(), cx)).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
         }
         Ok(())
     }
@@ -125,7 +127,7 @@ impl Isolators {
     pub async fn cleanup(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Vec<String> {
         let mut failures = Vec::new();
         for isolator in self.0.iter().rev() {
-            if let Err(e) = isolator.cleanup(pod_id, pod, container).await {
+            if let Err(e) = isolator.cleanup(pod_id, pod, container).instrument(span(isolator.name(), pod_id, container)).await {
                 failures.push(format!("{}: {e}", isolator.name()));
             }
         }
@@ -136,10 +138,20 @@ impl Isolators {
     pub async fn recover(&self, known: &[PodId]) -> Vec<String> {
         let mut failures = Vec::new();
         for isolator in &self.0 {
-            if let Err(e) = isolator.recover(known).await {
+            let span = tracing::debug_span!("isolator", isolator = isolator.name());
+            if let Err(e) = isolator.recover(known).instrument(span).await {
                 failures.push(format!("{}: {e}", isolator.name()));
             }
         }
         failures
     }
+}
+
+/// The span of one isolator's part in a step on a pod or container.
+fn span(isolator: &'static str, pod: &PodId, container: Option<&ContainerId>) -> Span {
+    tracing::debug_span!("isolator", isolator, %pod, container = container.map(tracing::field::display))
+}
+
+fn span_in(isolator: &'static str, cx: &Cx<'_>) -> Span {
+    span(isolator, cx.pod_id, cx.container.map(|c| c.id))
 }

@@ -20,7 +20,9 @@ where
     T: Send + 'static,
     E: From<Failed> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(work).await {
+    // What the work logs belongs to whoever has it done.
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
         Ok(result) => result,
         Err(e) => Err(Failed { what, cause: e.to_string() }.into()),
     }

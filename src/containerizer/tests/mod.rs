@@ -4,6 +4,7 @@ mod failure;
 mod fake;
 mod lifecycle;
 mod recovery;
+mod spans;
 mod stopping;
 
 use std::sync::Arc;
