@@ -210,10 +210,11 @@ async fn daemons_that_cannot_start_say_why() {
     say("[log]\nlevel = 7\n", &[&path, "level"]);
     say(&format!("{places}isolation = ['filesystem/linux']\nimage_providers = ['docker']\n"), &["image_providers", "docker/runtime"]);
     say(&format!("{places}isolation = ['docker/runtime']\nimage_providers = ['docker']\n"), &["image_providers", "filesystem/linux"]);
-    assert!(!node.root().exists(), "what is refused by its configuration has touched nothing");
     say(&format!("{places}isolation = ['filesystem/linux', 'docker/runtime', 'no/such']\n"), &["no/such"]);
-    // Found by the isolator itself, when directories are made already: they must be the test's own.
-    say(&format!("{places}[isolator.cgroups]\ncolour = 1\n"), &["colour"]);
+    say(&format!("{places}[isolator.cgroups]\ncolour = 1\n"), &["isolator cgroups", "colour"]);
+    say(&format!("{places}[isolator.\"posix/rlimits\".limits]\ncolour = {{ soft = 1, hard = 2 }}\n"), &["isolator posix/rlimits", "colour"]);
+    say(&format!("{places}[isolator.\"no/such\"]\n"), &["no/such"]);
+    assert!(!node.root().exists() && !node.state().exists(), "what is refused by its configuration has touched nothing");
     let missing = node.dir.path().join("missing.toml");
     assert!(node.refused_daemon(&missing).contains(&missing.display().to_string()));
     assert!(node.refused_daemon(node.dir.path()).contains(&node.dir.path().display().to_string()), "a directory is no file");
@@ -229,6 +230,57 @@ async fn daemons_that_cannot_start_say_why() {
     }
     node.runtime().version(api::VersionRequest::default()).await.unwrap();
     node.finish();
+}
+
+/// The bench itself: what a failed test leaves is ended, and nothing else.
+#[test]
+fn the_bench_ends_what_names_its_directory() {
+    let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let sleep = |name: &std::path::Path, inside: &std::path::Path, variable: &str| {
+        let mut command = std::process::Command::new("sh");
+        // Waits for its input, which ends with the test.
+        command.args(["-c", "read x"]).arg(name).current_dir(inside).env("BENCH", variable).stdin(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let (root, text) = (std::path::Path::new("/"), own.path().to_str().unwrap());
+    let ours = [sleep(own.path(), root, ""), sleep(root, own.path(), ""), sleep(root, root, &format!("{text}/state/x.sock"))];
+    let mut stranger = sleep(other.path(), other.path(), "");
+    host::kill_processes_of("/mesocri-e2e-no-such-group", own.path());
+    for mut child in ours {
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+    }
+    assert!(stranger.try_wait().unwrap().is_none(), "somebody else's lives on");
+    host::kill_processes_of("/mesocri-e2e-no-such-group", other.path());
+    stranger.wait().unwrap();
+}
+
+#[test]
+fn the_effective_configuration_is_shown_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config.toml");
+    let show = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_mesocri"))
+            .args(["config", "--set", "isolator.\"linux/sysctl\".unprivileged_defaults=false", "--config"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, shown, errors) = show("[isolator.cgroups]\ndefault_parent = '/pods'\n");
+    assert!(code == 0 && errors.is_empty(), "{code} {errors}");
+    for line in [
+        &format!("default_parent = \"/pods\"  # file {}", file.display()),
+        "driver = \"cgroupfs\"  # default",
+        "[isolator.\"namespaces/ipc\"]",
+        "shm_size = 67108864  # default",
+        "unprivileged_defaults = false  # flag --set",
+    ] {
+        assert!(shown.lines().any(|l| l == line), "{line:?} is not in {shown}");
+    }
+    for (text, part) in [("[isolator.cgroups]\ncolour = 1\n", "colour"), ("[isolator.typo]\n", "typo"), ("isolation = ['linux/typo']\n", "linux/typo")] {
+        let (code, shown, errors) = show(text);
+        assert!(code == 78 && shown.is_empty() && errors.contains(part) && errors.lines().count() == 1, "{text}: {code} {shown} {errors}");
+    }
 }
 
 #[tokio::test(flavor = "current_thread")]

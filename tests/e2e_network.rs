@@ -268,3 +268,34 @@ async fn failing_cni_plugins_are_quoted_undone_and_tried_again() {
     assert!(network_condition(&node).await.status);
     node.finish();
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_operator_removes_what_the_bridge_leaves() {
+    let mut node = Node::start().await;
+    let file = node.dir.path().join("config.toml");
+    let prune = || {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_mesocri")).args(["network", "prune", "--config"]).arg(&file).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let there = || host::run("ip", &["-o", "link"]).contains("mesocri0") || host::run("nft", &["list", "tables"]).contains("mesocri");
+    let id = node.run_pod(&pod(&node, "p")).await.unwrap();
+    let (code, said) = prune();
+    assert!(code == 78 && said.contains("another mesocri daemon"), "{code} {said}");
+    node.kill_daemon();
+    let (code, said) = prune();
+    assert!(code == 78 && said.contains("pods are attached") && said.contains(&id[..8]), "{code} {said}");
+    node.start_daemon(&[]);
+    node.remove_all_pods().await;
+    node.terminate_daemon();
+    assert!(there(), "the bridge stays for the next pod");
+    for _ in 0..2 {
+        assert_eq!(prune(), (0, String::new()));
+        assert!(!there());
+    }
+    // The next pod has a network all the same.
+    node.start_daemon(&[]);
+    let id = node.run_pod(&pod(&node, "q")).await.unwrap();
+    assert!(there() && !ip(&node, &id).await.is_empty());
+    node.remove_all_pods().await;
+    node.finish();
+}

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::flags::{ENV_PREFIX, FLAGS};
 use crate::disk::Layout;
+use crate::isolators::Isolators;
 use crate::model::error::{Error, Result};
 
 /// Read when no `--config` is given and it exists.
@@ -100,10 +101,11 @@ impl Config {
         if self.socket.is_empty() { self.layout().cri_socket() } else { PathBuf::from(&self.socket) }
     }
 
-    /// Start-up rules of Mesos agents that need more than one component's configuration (mesos.md §3.1).
+    /// What can be refused before anything is made: start-up rules of Mesos agents that need more than one component's configuration
+    /// (mesos.md §3.1), names of isolators and their options.
     ///
     /// # Errors
-    /// Names the two settings that do not fit.
+    /// Names the two settings that do not fit, or the isolator and what is wrong with it.
     pub fn check(&self) -> Result<()> {
         for provider in &self.image_providers {
             if !["docker", "appc"].contains(&provider.as_str()) {
@@ -126,7 +128,7 @@ impl Config {
                 "check configuration: image_providers contains appc but isolation lacks appc/runtime, without which exec, user and environment of images would be ignored",
             ));
         }
-        Ok(())
+        Isolators::check(&self.isolation, &self.isolator)
     }
 
     /// Tells the provisioner what stands elsewhere.
@@ -264,9 +266,11 @@ fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str, origin: &str, 
 /// The effective configuration as TOML with each value's origin behind it.
 ///
 /// # Errors
-/// When it cannot be written as TOML.
+/// When it cannot be written as TOML; what is wrong with the options of an isolator.
 pub fn explain(loaded: &Loaded) -> Result<String> {
-    let table = toml::Table::try_from(&loaded.config).map_err(|e| Error::internal(format!("print configuration: {e}")))?;
+    let mut table = toml::Table::try_from(&loaded.config).map_err(|e| Error::internal(format!("print configuration: {e}")))?;
+    let options = Isolators::options(&loaded.config.isolation, &loaded.config.isolator)?;
+    table.insert("isolator".to_owned(), toml::Value::Table(options));
     let mut text = String::new();
     explain_table(&table, "", &loaded.origins, &mut text);
     Ok(text)
@@ -327,6 +331,22 @@ mod tests {
     }
 
     #[test]
+    fn options_of_isolators_are_shown_with_their_defaults_and_origins() {
+        let file = "isolation = ['cgroups', 'namespaces/ipc', 'linux/nnp']\n[isolator.cgroups]\ndefault_parent = '/pods'\n[isolator.\"linux/sysctl\"]\n";
+        let text = explain(&load(sources(file, &[], &[("isolator.\"namespaces/ipc\".shm_size", "")])).unwrap());
+        assert!(text.unwrap_err().to_string().contains("shm_size"), "a wrong value");
+        let text = explain(&load(sources(file, &[], &[])).unwrap()).unwrap();
+        let shown: toml::Table = text.parse().unwrap();
+        let names: Vec<_> = shown["isolator"].as_table().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(names, ["cgroups", "linux/sysctl", "namespaces/ipc"], "listed or configured, and with options");
+        assert!(text.contains("\n[isolator.cgroups]\ndefault_parent = \"/pods\"  # file /c.toml\ndriver = \"cgroupfs\"  # default\n"), "{text}");
+        assert!(text.contains("\n[isolator.\"namespaces/ipc\"]\nshm_size = 67108864  # default\n"), "{text}");
+        // What is shown is itself a configuration, and the same one.
+        let again = load(sources(&text, &[], &[])).unwrap();
+        assert_eq!(explain(&again).unwrap().parse::<toml::Table>().unwrap(), shown);
+    }
+
+    #[test]
     fn mesos_start_up_rules() {
         let check = |isolation: &[&str], providers: &[&str]| {
             let mut config = Config { isolation: isolation.iter().map(|s| (*s).to_owned()).collect(), ..Config::default() };
@@ -341,6 +361,13 @@ mod tests {
         assert!(check(&["filesystem/linux", "docker/runtime"], &["tar"]).is_err());
         assert!(check(&["filesystem/linux", "docker/runtime"], &["docker", "appc"]).unwrap_err().contains("appc/runtime"));
         assert!(check(&["filesystem/linux", "appc/runtime"], &["appc"]).is_ok());
+        // Isolators, with their requirements and options, are part of it.
+        assert!(check(&["filesystem/linux", "docker/runtime", "linux/typo"], &["docker"]).unwrap_err().contains("linux/typo"));
+        assert!(check(&["filesystem/linux", "docker/runtime", "linux/seccomp"], &["docker"]).unwrap_err().contains("linux/capabilities"));
+        for (file, part) in [("[isolator.\"linux/nnp\"]\nx = 1", "x"), ("[isolator.cgroups]\ndriver = 'runc'", "runc"), ("[isolator.typo]", "typo")] {
+            let error = load(sources(file, &[], &[])).unwrap().config.check().unwrap_err().to_string();
+            assert!(error.contains(part), "{file}: {error}");
+        }
         for (file, docker, appc) in [("", true, false), ("image_providers = ['appc']", false, true), ("image_providers = ['docker', 'appc']", true, true)] {
             let formats = load(sources(file, &[], &[])).unwrap().config.provisioner.formats;
             assert_eq!((formats.docker, formats.appc), (docker, appc), "{file}");

@@ -25,7 +25,6 @@ use crate::provisioner::{Images, Provisioner};
 /// What kept it from starting, or the socket's failure.
 pub async fn run(config: Config) -> Result<()> {
     config.check()?;
-    Isolators::check(&config.isolation, &config.isolator)?;
     let layout = config.layout();
     prepare_tree(&layout)?;
     let _lock = lock(&layout)?;
@@ -73,6 +72,22 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!("stopping; containers keep running");
     shutdown.cancel();
     Ok(())
+}
+
+/// Removes what the built-in network leaves on the host when no pod is attached (`mesocri network prune`).
+///
+/// # Errors
+/// `FailedPrecondition` while a daemon runs on these directories or pods are attached.
+pub async fn prune_network(config: Config) -> Result<()> {
+    config.check()?;
+    let layout = config.layout();
+    // Without a root nothing was ever recorded; without a state directory (a reboot) no daemon can be running.
+    if !layout.root.is_dir() {
+        return Err(Error::precondition(format!("prune network: there is no mesocri tree at {}; --work_dir names another", layout.root.display())));
+    }
+    let _lock = if layout.state.is_dir() { Some(lock(&layout)?) } else { None };
+    version::check(&layout)?;
+    crate::network::prune(config.network, layout).await
 }
 
 /// What the CRI front announces of other components is taken from their own configuration.
@@ -146,16 +161,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_unknown_isolator_is_refused_before_anything_is_made() {
+    async fn an_unknown_isolator_or_option_is_refused_before_anything_is_made() {
         let scratch = tempfile::tempdir().unwrap();
-        let config = Config {
-            root: scratch.path().join("root"),
-            state: scratch.path().join("state"),
-            isolation: vec!["filesystem/linux".into(), "docker/runtime".into(), "typo/linux".into()],
-            ..Config::default()
-        };
+        let good = Config { root: scratch.path().join("root"), state: scratch.path().join("state"), ..Config::default() };
+        let config = Config { isolation: vec!["filesystem/linux".into(), "docker/runtime".into(), "typo/linux".into()], ..good.clone() };
         let error = run(config).await.unwrap_err().to_string();
         assert!(error.starts_with("unknown isolator \"typo/linux\"; there are "), "{error}");
+        let config = Config { isolator: "[\"linux/nnp\"]\ncolour = 1".parse().unwrap(), ..good };
+        let error = run(config).await.unwrap_err().to_string();
+        assert!(error.starts_with("configuration of isolator linux/nnp: ") && error.contains("colour"), "{error}");
         assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
     }
 }

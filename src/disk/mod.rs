@@ -3,28 +3,31 @@
 //! ```text
 //! root (persistent, 0700, default /var/lib/mesocri)
 //! ├── version                        format number of everything below
+//! ├── lock                           one daemon per root
 //! ├── store/
 //! │   ├── layers/<short>/            one layer: fs/ (its files) or fs.erofs (an image of them), and layer.json (diff id, form,
-//! │   │                              bytes, inodes); <short> is the first 32 hex digits of the diff id, so that lowerdir
-//! │   │                              options stay short
+//! │   │                              bytes, inodes); damaged.json once a scrub has found it rotten; <short> is the first 32 hex
+//! │   │                              digits of the diff id, so that lowerdir options stay short
 //! │   ├── images/<hex>.json          one image record; writing it is the commit point of a pull
 //! │   ├── staging/<random>/          layers being unpacked; swept at start
 //! │   ├── damaged/<layer>-<time>/    damaged layers that were replaced, for containers that still use them
 //! │   ├── leases/<id>.json           what holds layers that no image record holds
-//! │   └── rootfs/<container>/        per container: upper/, work/ (overlay) or fs/ (copy)
+//! │   └── rootfs/<container>/        per container: upper/, work/ (overlay, aufs) or fs/ (copy)
 //! ├── pods/<pod>/pod.json            the pod's record
-//! │   └── containers/<id>/container.json, volumes/<n>/
+//! │   └── containers/<id>/           container.json (its record), volumes/<n>/ (volumes that the image asks for)
 //! ├── networks/
-//! │   ├── pods/<pod>.json                which network attached a pod: its addresses and ports, or its CNI configuration and result
+//! │   ├── pods/<pod>.json            which network attached a pod: its addresses and ports, or its CNI configuration and result
 //! │   └── pod-cidr.json              the pod range that the front gave last
-//! └── quarantine/                    records that could not be read, with the reason beside them
+//! └── quarantine/<time>-<name>       records and layers that could not be read; <time>-<name>.reason, in place of its extension, says why
 //!
 //! state (gone after a reboot, 0700, default /run/mesocri)
-//! ├── mesocri.sock                   CRI
+//! ├── mesocri.sock                   CRI, and the operator's commands
 //! ├── lock                           one daemon per state directory
-//! ├── shims/<pod>.sock               the pod's shim
-//! ├── pods/<pod>/                    sandbox/ (bundle), shm/, hostname, hosts, resolv.conf
-//! │   └── containers/<id>/           bundle: config.json, mesocri.json, seccomp.bpf, rootfs/
+//! ├── shims/<pod, 20 hex>.sock       the pod's shim
+//! ├── pods/<pod>/                    hostname, hosts, resolv.conf, shm/ (mounted)
+//! │   ├── sandbox/                   bundle of the pod: config.json, mesocri.json, rootfs/; of our shim shim.json and sandbox.json
+//! │   │                              (its processes), of all shims address
+//! │   └── containers/<id>/           bundle: config.json, mesocri.json, rootfs/; of our shim task.json, of others io.json, stdout, stderr
 //! ├── volumes/<container>.volume-<n>/ image volumes, mounted while their container is being made
 //! ├── cgroup-parent                  the parent cgroup this daemon makes itself, written before it does
 //! └── seccomp/<digest>.bpf           compiled filters, one per profile

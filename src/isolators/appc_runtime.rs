@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use super::docker_runtime::lookup::{self, Target};
 use super::docker_runtime::{args, cwd, env, stop_signal, user, volumes};
 use super::linux_capabilities::DEFAULT;
-use super::parts::{NoConfig, config};
+use super::parts::{NoConfig, config, options};
 use super::{ContainerCx, Cx, Entry, Isolator};
 use crate::disk::Layout;
 use crate::model::container::{CapabilityChange, UserSpec};
@@ -40,6 +40,7 @@ const MIN_SHARES: u64 = 2;
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |deps, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(AppcRuntime { layout: deps.layout.clone() }))

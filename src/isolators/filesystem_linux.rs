@@ -6,7 +6,7 @@
 use async_trait::async_trait;
 use oci_spec::runtime as oci;
 
-use super::parts::{NoConfig, config, mount, namespace};
+use super::parts::{NoConfig, config, mount, namespace, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::ContainerSpec;
 use crate::model::container::Propagation;
@@ -19,6 +19,7 @@ const NAME: &str = "filesystem/linux";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         if !nix::unistd::geteuid().is_root() {

@@ -9,7 +9,7 @@ use std::path::Path;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::parts::config;
+use super::parts::{config, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::container::SecurityProfile;
 use crate::model::error::{Act, Error, Kind, Result};
@@ -23,6 +23,7 @@ const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<Config>(NAME, table),
     create: |_, table| {
         Ok(Box::new(AppArmor {
             config: config(NAME, table)?,

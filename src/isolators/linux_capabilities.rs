@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use async_trait::async_trait;
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 
-use super::parts::{NoConfig, config};
+use super::parts::{NoConfig, config, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::container::Security;
 use crate::model::error::{Error, Kind, Result};
@@ -19,6 +19,7 @@ const NAME: &str = "linux/capabilities";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         let own = own()?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
-use super::parts::{NoConfig, config, container_path};
+use super::parts::{NoConfig, config, container_path, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::container::Device;
 use crate::model::error::{Act, Error, Kind, Result};
@@ -20,6 +20,7 @@ const NAME: &str = "linux/devices";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(Devices))

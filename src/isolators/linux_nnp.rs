@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 
-use super::parts::{NoConfig, config};
+use super::parts::{NoConfig, config, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::error::Result;
 use crate::model::plan::LaunchPatch;
@@ -13,6 +13,7 @@ const NAME: &str = "linux/nnp";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(Nnp))

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use async_trait::async_trait;
 
-use super::parts::{NoConfig, config};
+use super::parts::{NoConfig, config, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::container::SelinuxOptions;
 use crate::model::error::{Error, Result};
@@ -19,6 +19,7 @@ const NAME: &str = "linux/selinux";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(Selinux { enabled: Path::new("/sys/fs/selinux/enforce").exists() }))

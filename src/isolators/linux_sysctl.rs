@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::parts::config;
+use super::parts::{config, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::PodSpec;
 use crate::model::error::{Error, Result};
@@ -16,7 +16,12 @@ use crate::model::pod::NamespaceMode;
 const NAME: &str = "linux/sysctl";
 
 /// Row of the registry.
-pub const ENTRY: Entry = Entry { name: NAME, requires: &["namespaces/ipc"], create: |_, table| Ok(Box::new(Sysctl { config: config(NAME, table)? })) };
+pub const ENTRY: Entry = Entry {
+    name: NAME,
+    requires: &["namespaces/ipc"],
+    options: |table| options::<Config>(NAME, table),
+    create: |_, table| Ok(Box::new(Sysctl { config: config(NAME, table)? })),
+};
 
 /// Options of `linux/sysctl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

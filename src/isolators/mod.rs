@@ -50,6 +50,9 @@ pub struct Entry {
     pub name: &'static str,
     /// Names without which it makes no sense.
     pub requires: &'static [&'static str],
+    /// Reads its configuration table, empty when there is none, and gives it back with every option in it. Touches nothing. Unknown
+    /// keys are errors.
+    pub options: fn(toml::Table) -> Result<toml::Table>,
     /// Makes it from its configuration table, empty when there is none. Unknown keys are errors.
     pub create: fn(&Deps, toml::Table) -> Result<Box<dyn Isolator>>,
 }

@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use oci_spec::runtime::LinuxNamespaceType::Ipc;
 use serde::{Deserialize, Serialize};
 
-use super::parts::{config, mount, namespace};
+use super::parts::{config, mount, namespace, options};
 use super::{Cx, Entry, Isolator};
 use crate::disk::Layout;
 use crate::model::error::{Act, Error, Result};
@@ -26,6 +26,7 @@ const NAME: &str = "namespaces/ipc";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<Config>(NAME, table),
     create: |deps, table| Ok(Box::new(IpcNamespace { config: config(NAME, table)?, layout: deps.layout.clone() })),
 };
 

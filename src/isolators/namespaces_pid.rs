@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use oci_spec::runtime::LinuxNamespaceType::Pid;
 
-use super::parts::{NoConfig, config, namespace};
+use super::parts::{NoConfig, config, namespace, options};
 use super::{ContainerCx, Cx, Entry, Isolator};
 use crate::model::error::{Error, Result};
 use crate::model::plan::LaunchPatch;
@@ -17,6 +17,7 @@ const NAME: &str = "namespaces/pid";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(PidNamespace))

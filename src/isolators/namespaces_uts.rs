@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use oci_spec::runtime::LinuxNamespaceType::Uts;
 
-use super::parts::{NoConfig, config, host_name, namespace};
+use super::parts::{NoConfig, config, host_name, namespace, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::error::{Error, Result};
 use crate::model::plan::LaunchPatch;
@@ -17,6 +17,7 @@ const MAX_HOSTNAME: usize = 64;
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(UtsNamespace))

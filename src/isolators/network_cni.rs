@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use oci_spec::runtime::LinuxNamespaceType;
 
-use super::parts::{NoConfig, config, namespace};
+use super::parts::{NoConfig, config, namespace, options};
 use super::{Cx, Entry, Isolator};
 use crate::disk::Layout;
 use crate::model::error::Result;
@@ -20,6 +20,7 @@ const NAME: &str = "network/cni";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["namespaces/uts"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |deps, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(PodNetwork { layout: deps.layout.clone(), network: deps.network.clone() }))

@@ -3,12 +3,13 @@
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime as oci;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::model::error::{Error, Result};
 
 /// The configuration of an isolator that has no options: any key is an error.
-#[derive(serde::Deserialize)]
+#[derive(serde::Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NoConfig {}
 
@@ -17,7 +18,18 @@ pub struct NoConfig {}
 /// # Errors
 /// `InvalidArgument` naming the isolator and the key.
 pub fn config<T: DeserializeOwned>(name: &str, table: toml::Table) -> Result<T> {
-    toml::Value::Table(table).try_into().map_err(|e: toml::de::Error| Error::invalid(format!("configuration of isolator {name}: {}", e.message())))
+    let parsed: Result<T, toml::de::Error> = toml::Value::Table(table).try_into();
+    // With the place in it, which the message alone has not.
+    parsed.map_err(|e| Error::invalid(format!("configuration of isolator {name}: {}", e.to_string().trim().replace('\n', " "))))
+}
+
+/// Reads the configuration table of isolator `name` and gives it back with every option in it, defaults included.
+///
+/// # Errors
+/// Those of [`config`].
+pub fn options<T: DeserializeOwned + Serialize>(name: &str, table: toml::Table) -> Result<toml::Table> {
+    let config: T = config(name, table)?;
+    toml::Table::try_from(config).map_err(|e| Error::internal(format!("write out the configuration of isolator {name}: {e}")))
 }
 
 /// One mount of the spec.

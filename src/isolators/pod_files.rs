@@ -9,7 +9,7 @@ use std::path::Path;
 
 use async_trait::async_trait;
 
-use super::parts::{NoConfig, config, host_name, mount};
+use super::parts::{NoConfig, config, host_name, mount, options};
 use super::{Cx, Entry, Isolator};
 use crate::disk::Layout;
 use crate::model::error::{Act, Error, Result};
@@ -27,6 +27,7 @@ const MAX_COPY: u64 = 1 << 20;
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |deps, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(PodFiles { layout: deps.layout.clone() }))

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType};
 use serde::{Deserialize, Serialize};
 
-use super::parts::config;
+use super::parts::{config, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::error::{Error, Kind, Result};
 use crate::model::plan::LaunchPatch;
@@ -18,10 +18,11 @@ const NAME: &str = "posix/rlimits";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
-    create: |_, table| {
-        let config: Config = config(NAME, table)?;
-        Ok(Box::new(Rlimits { rlimits: config.limits.iter().map(|(name, limit)| rlimit(name, *limit)).collect::<Result<_>>()? }))
+    options: |table| {
+        rlimits(&config(NAME, table.clone())?)?;
+        options::<Config>(NAME, table)
     },
+    create: |_, table| Ok(Box::new(Rlimits { rlimits: rlimits(&config(NAME, table)?)? })),
 };
 
 /// Options of `posix/rlimits`.
@@ -40,6 +41,10 @@ pub struct Limit {
     pub soft: u64,
     /// Up to where a process may raise it.
     pub hard: u64,
+}
+
+fn rlimits(config: &Config) -> Result<Vec<PosixRlimit>> {
+    config.limits.iter().map(|(name, limit)| rlimit(name, *limit)).collect()
 }
 
 struct Rlimits {

@@ -26,27 +26,18 @@ impl Isolators {
         Self::check(isolation, config)?;
         let mut built: Vec<Arc<dyn Isolator>> = Vec::with_capacity(isolation.len());
         for entry in ENTRIES.iter().filter(|entry| isolation.iter().any(|name| name == entry.name)) {
-            let table = match config.get(entry.name) {
-                None => toml::Table::new(),
-                Some(toml::Value::Table(table)) => table.clone(),
-                Some(_) => return Err(Error::invalid(format!("configuration of isolator {} is not a table", entry.name))),
-            };
-            built.push(Arc::from((entry.create)(deps, table)?));
+            built.push(Arc::from((entry.create)(deps, table(entry.name, config)?)?));
         }
         Ok(Self(built))
     }
 
-    /// Whether `isolation` can be built, as far as names tell. Touches nothing.
+    /// Whether `isolation` can be built, as far as names and options tell. Touches nothing.
     ///
     /// # Errors
-    /// `InvalidArgument` for a name that is unknown or listed twice, or whose requirement is not listed.
+    /// `InvalidArgument` for a name that is unknown or listed twice, or whose requirement is not listed, and for options that are
+    /// unknown or of the wrong form, also of isolators that are not listed.
     pub fn check(isolation: &[String], config: &toml::Table) -> Result<()> {
-        for name in isolation.iter().chain(config.keys()) {
-            if !ENTRIES.iter().any(|entry| entry.name == name) {
-                let known: Vec<_> = ENTRIES.iter().map(|entry| entry.name).collect();
-                return Err(Error::invalid(format!("unknown isolator {name:?}; there are {}", known.join(", "))));
-            }
-        }
+        Self::options(isolation, config)?;
         let listed = |name: &str| isolation.iter().filter(|n| *n == name).count();
         for entry in ENTRIES.iter().filter(|entry| listed(entry.name) > 0) {
             if listed(entry.name) > 1 {
@@ -57,6 +48,27 @@ impl Isolators {
             }
         }
         Ok(())
+    }
+
+    /// The options of every isolator that is listed or configured, defaults included, by its name; those without any are left out.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown isolator, an unknown option or a value of the wrong form.
+    pub fn options(isolation: &[String], config: &toml::Table) -> Result<toml::Table> {
+        for name in isolation.iter().chain(config.keys()) {
+            if !ENTRIES.iter().any(|entry| entry.name == name) {
+                let known: Vec<_> = ENTRIES.iter().map(|entry| entry.name).collect();
+                return Err(Error::invalid(format!("unknown isolator {name:?}; there are {}", known.join(", "))));
+            }
+        }
+        let mut all = toml::Table::new();
+        for entry in ENTRIES.iter().filter(|entry| config.contains_key(entry.name) || isolation.iter().any(|name| name == entry.name)) {
+            let options = (entry.options)(table(entry.name, config)?)?;
+            if !options.is_empty() {
+                all.insert(entry.name.to_owned(), toml::Value::Table(options));
+            }
+        }
+        Ok(all)
     }
 
     /// Takes isolators that were built already, in prepare order.
@@ -144,6 +156,15 @@ impl Isolators {
             }
         }
         failures
+    }
+}
+
+/// The configuration table of one isolator.
+fn table(name: &str, config: &toml::Table) -> Result<toml::Table> {
+    match config.get(name) {
+        None => Ok(toml::Table::new()),
+        Some(toml::Value::Table(table)) => Ok(table.clone()),
+        Some(_) => Err(Error::invalid(format!("configuration of isolator {name} is not a table"))),
     }
 }
 

@@ -177,10 +177,24 @@ fn each_is_made_from_an_empty_table_under_its_own_name() {
 fn unknown_configuration_keys_are_refused_by_all() {
     let bench = Bench::new();
     for entry in ENTRIES {
-        let error = (entry.create)(&bench.deps, toml::Table::from_iter([("no_such_key".to_owned(), toml::Value::Boolean(true))])).err().unwrap();
-        assert_eq!(error.kind, crate::model::Kind::InvalidArgument, "{}", entry.name);
-        assert!(error.to_string().contains("no_such_key") && error.to_string().contains(entry.name), "{error}");
+        let table = toml::Table::from_iter([("no_such_key".to_owned(), toml::Value::Boolean(true))]);
+        for error in [(entry.create)(&bench.deps, table.clone()).err().unwrap(), (entry.options)(table).unwrap_err()] {
+            assert_eq!(error.kind, crate::model::Kind::InvalidArgument, "{}", entry.name);
+            assert!(error.to_string().contains("no_such_key") && error.to_string().contains(entry.name), "{error}");
+        }
     }
+}
+
+#[test]
+fn each_takes_the_options_that_it_shows() {
+    let bench = Bench::new();
+    for entry in ENTRIES {
+        let shown = (entry.options)(toml::Table::new()).unwrap();
+        assert_eq!((entry.options)(shown.clone()).unwrap(), shown, "{}", entry.name);
+        (entry.create)(&bench.deps, shown).unwrap_or_else(|e| panic!("{}: {e}", entry.name));
+    }
+    let cgroups = Isolators::options(&default_isolation(), &toml::Table::new()).unwrap()["cgroups"].clone();
+    assert_eq!(cgroups["driver"].as_str(), Some("cgroupfs"), "defaults are written out");
 }
 
 #[tokio::test]

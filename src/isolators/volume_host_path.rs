@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 
-use super::parts::{NoConfig, config, container_path, mount};
+use super::parts::{NoConfig, config, container_path, mount, options};
 use super::{Cx, Entry, Isolator};
 use crate::model::container::{Mount, Propagation};
 use crate::model::error::{Act, Error, Kind, Result};
@@ -27,6 +27,7 @@ const RRO_KERNEL: (u32, u32) = (5, 12);
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |_, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(HostPath { rro: kernel().is_some_and(|k| k >= RRO_KERNEL), selinux: Path::new("/sys/fs/selinux/enforce").exists() }))

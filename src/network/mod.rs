@@ -121,7 +121,8 @@ pub async fn build(config: Config, layout: Layout) -> Result<Arc<dyn Network>> {
     Ok(Arc::new(switch::Switch::open(config, layout).await?))
 }
 
-/// Removes what the built-in bridge leaves on the host when idle (`mesocri network prune`). Not while the daemon runs.
+/// Removes what the built-in bridge leaves on the host when idle (`mesocri network prune`). Not while a daemon runs: the caller sees
+/// to that.
 ///
 /// # Errors
 /// `FailedPrecondition` when pods are attached.

@@ -178,9 +178,18 @@ pub fn kill(pid: i32) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
 }
 
-/// Ends what a failed test left running, so that one failure does not become many.
-pub fn kill_processes_of(cgroup: &str, _dir: &Path) {
-    for (pid, _) in our_processes(cgroup) {
-        kill(pid);
+/// Ends what a failed test left running, so that one failure does not become many: what is in a cgroup of the bench, and what was
+/// started with an argument or a variable that names the bench's directory or works in it.
+pub fn kill_processes_of(cgroup: &str, dir: &Path) {
+    let name = dir.to_str().unwrap().as_bytes();
+    for pid in super::entries(Path::new("/proc")).iter().filter_map(|name| name.parse::<i32>().ok()) {
+        let process = Path::new("/proc").join(pid.to_string());
+        let read = |file: &str| std::fs::read(process.join(file)).unwrap_or_default();
+        let names_dir = |file: &str| read(file).windows(name.len()).any(|part| part == name);
+        let inside = std::fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir));
+        let ours = inside || names_dir("cmdline") || names_dir("environ") || String::from_utf8_lossy(&read("cgroup")).contains(&format!("{cgroup}/"));
+        if ours && pid != std::process::id().cast_signed() {
+            kill(pid);
+        }
     }
 }

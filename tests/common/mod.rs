@@ -248,8 +248,8 @@ impl Node {
 }
 
 impl Drop for Node {
-    /// A failed test still ends what it started: the daemon, the registry, and every process whose root directory argument or
-    /// bundle lies in this node's scratch directory.
+    /// A failed test still ends what it started: the daemon, the registry, what is in the node's cgroup, and every process that was
+    /// given a path in the node's scratch directory (shims are).
     fn drop(&mut self) {
         self.kill_daemon();
         if let Some(mut registry) = self.registry.take() {

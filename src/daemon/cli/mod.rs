@@ -57,6 +57,9 @@ pub fn command() -> Command {
                 .arg(Arg::new("image").required(true).help("image reference, as docker takes it"))
                 .arg(Arg::new("command").num_args(0..).last(true).help("command and arguments instead of the image's")),
         )
+        .subcommand(Command::new("network").about("Look after pod networks").subcommand_required(true).arg_required_else_help(true).subcommand(flags::add_to(
+            Command::new("prune").about("Remove the bridge and the nftables table that stay when the last pod goes; not while a daemon runs"),
+        )))
         .subcommands(transfer::commands(&address))
         .subcommands(store::commands(&address))
         .subcommand(pull::command(&address))
@@ -107,10 +110,20 @@ fn dispatch(matches: &ArgMatches) -> Result<ExitCode> {
         }
         Some(("config", m)) => {
             let loaded = load(m)?;
-            print!("{}", config::explain(&loaded)?);
+            let text = config::explain(&loaded)?;
+            // Also when the daemon would refuse it: what is in force helps to see why.
+            print!("{text}");
             loaded.config.check()?;
             Ok(ExitCode::SUCCESS)
         }
+        Some(("network", m)) => match m.subcommand() {
+            Some(("prune", m)) => {
+                let loaded = load(m)?;
+                runtime(1)?.block_on(serve::prune_network(loaded.config))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            _ => Err(Error::invalid("no command given")),
+        },
         Some(("run", m)) => runtime(1)?.block_on(run::run(m)),
         Some(("load", m)) => runtime(1)?.block_on(transfer::load(m)),
         Some(("save", m)) => runtime(1)?.block_on(transfer::save(m)),

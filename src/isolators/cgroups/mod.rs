@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use self::place::{PodPlace, scope};
 use self::systemd::Systemd;
-use super::parts::{config, mount, namespace};
+use super::parts::{config, mount, namespace, options};
 use super::{ContainerCx, Cx, Deps, Entry, Isolator};
 use crate::cgroups::{Detail, Host, Manager, to_oci};
 use crate::disk::Layout;
@@ -44,6 +44,7 @@ const CAP_SYS_RESOURCE: u64 = 1 << 24;
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &[],
+    options: |table| options::<Config>(NAME, table),
     create: |deps, table| {
         let config = config(NAME, table)?;
         Ok(Box::new(Cgroups::new(config, deps, Host::get()?)?))

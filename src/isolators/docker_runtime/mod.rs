@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 
-use super::parts::{NoConfig, config, host_name};
+use super::parts::{NoConfig, config, host_name, options};
 use super::{ContainerCx, Cx, Entry, Isolator};
 use crate::disk::Layout;
 use crate::model::error::{Error, Result};
@@ -28,6 +28,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["filesystem/linux"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |deps, table| {
         let NoConfig {} = config(NAME, table)?;
         Ok(Box::new(DockerRuntime { layout: deps.layout.clone() }))

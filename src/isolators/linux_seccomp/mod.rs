@@ -16,7 +16,7 @@ use oci_spec::runtime::{Capabilities, LinuxSeccomp};
 use sha2::{Digest, Sha256};
 
 use self::profile::Profile;
-use super::parts::{NoConfig, config};
+use super::parts::{NoConfig, config, options};
 use super::{Cx, Entry, Isolator, linux_capabilities};
 use crate::disk::{Layout, record};
 use crate::model::PodId;
@@ -37,6 +37,7 @@ const COMPILER: &str = "mesocri seccomp 1";
 pub const ENTRY: Entry = Entry {
     name: NAME,
     requires: &["linux/capabilities"],
+    options: |table| options::<NoConfig>(NAME, table),
     create: |deps, table| {
         let NoConfig {} = config(NAME, table)?;
         let own = linux_capabilities::own()?;
