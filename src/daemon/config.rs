@@ -272,13 +272,15 @@ pub fn explain(loaded: &Loaded) -> Result<String> {
     let options = Isolators::options(&loaded.config.isolation, &loaded.config.isolator)?;
     table.insert("isolator".to_owned(), toml::Value::Table(options));
     let mut text = String::new();
-    explain_table(&table, "", &loaded.origins, &mut text);
+    explain_table(&table, "", "", &loaded.origins, &mut text);
     Ok(text)
 }
 
-fn explain_table(table: &toml::Table, prefix: &str, origins: &BTreeMap<String, String>, text: &mut String) {
+/// `prefix` is the table's name as origins have it, `header` as TOML writes it.
+fn explain_table(table: &toml::Table, prefix: &str, header: &str, origins: &BTreeMap<String, String>, text: &mut String) {
     use std::fmt::Write;
-    let path = |key: &str| if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") };
+    let join = |before: &str, key: &str| if before.is_empty() { key.to_owned() } else { format!("{before}.{key}") };
+    let path = |key: &str| join(prefix, key);
     let quote = |key: &str| if key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') { key.to_owned() } else { format!("{key:?}") };
     for (key, value) in table.iter().filter(|(_, v)| !v.is_table()) {
         let origin = origins.get(&path(key)).map_or("default", String::as_str);
@@ -286,9 +288,9 @@ fn explain_table(table: &toml::Table, prefix: &str, origins: &BTreeMap<String, S
     }
     for (key, value) in table {
         if let toml::Value::Table(below) = value {
-            let header = if prefix.is_empty() { quote(key) } else { format!("{prefix}.{}", quote(key)) };
+            let header = join(header, &quote(key));
             let _ = writeln!(text, "\n[{header}]");
-            explain_table(below, &path(key), origins, text);
+            explain_table(below, &path(key), &header, origins, text);
         }
     }
 }
@@ -332,15 +334,16 @@ mod tests {
 
     #[test]
     fn options_of_isolators_are_shown_with_their_defaults_and_origins() {
-        let file = "isolation = ['cgroups', 'namespaces/ipc', 'linux/nnp']\n[isolator.cgroups]\ndefault_parent = '/pods'\n[isolator.\"linux/sysctl\"]\n";
+        let file = "isolation = ['cgroups', 'namespaces/ipc', 'linux/nnp']\n[isolator.cgroups]\ndefault_parent = '/pods'\n[isolator.\"linux/sysctl\"]\n[isolator.\"posix/rlimits\".limits.nofile]\nsoft = 1\nhard = 2\n";
         let text = explain(&load(sources(file, &[], &[("isolator.\"namespaces/ipc\".shm_size", "")])).unwrap());
         assert!(text.unwrap_err().to_string().contains("shm_size"), "a wrong value");
         let text = explain(&load(sources(file, &[], &[])).unwrap()).unwrap();
         let shown: toml::Table = text.parse().unwrap();
         let names: Vec<_> = shown["isolator"].as_table().unwrap().keys().map(String::as_str).collect();
-        assert_eq!(names, ["cgroups", "linux/sysctl", "namespaces/ipc"], "listed or configured, and with options");
+        assert_eq!(names, ["cgroups", "linux/sysctl", "namespaces/ipc", "posix/rlimits"], "listed or configured, and with options");
         assert!(text.contains("\n[isolator.cgroups]\ndefault_parent = \"/pods\"  # file /c.toml\ndriver = \"cgroupfs\"  # default\n"), "{text}");
         assert!(text.contains("\n[isolator.\"namespaces/ipc\"]\nshm_size = 67108864  # default\n"), "{text}");
+        assert!(text.contains("\n[isolator.\"posix/rlimits\".limits.nofile]\nhard = 2  # file /c.toml\n"), "{text}");
         // What is shown is itself a configuration, and the same one.
         let again = load(sources(&text, &[], &[])).unwrap();
         assert_eq!(explain(&again).unwrap().parse::<toml::Table>().unwrap(), shown);
