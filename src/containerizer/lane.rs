@@ -44,7 +44,7 @@ pub(super) enum Done {
     /// Of `Create`.
     Created(ContainerMetadata, Box<Result<(Container, Basis), Failed>>),
     /// Of `Update`: the limits that hold now.
-    Updated(ContainerId, Result<(Resources, Option<Basis>)>, Reply<()>),
+    Updated(ContainerId, Box<Result<(Resources, Option<Basis>)>>, Reply<()>),
     /// Of `Clean`.
     Cleaned(ContainerId, Result<()>),
     /// Of `Sweep`.
@@ -126,7 +126,7 @@ impl Owner {
                 self.spawn(async move {
                     let work = AssertUnwindSafe(update(&parts, &pod, &container, basis, &resources).instrument(span)).catch_unwind();
                     let result = work.await.unwrap_or_else(|_| Err(panicked("update container")));
-                    Note::Lane(Box::new(Done::Updated(id, result, reply)))
+                    Note::Lane(Box::new(Done::Updated(id, Box::new(result), reply)))
                 });
             }
             Job::Clean(id) => {
@@ -164,7 +164,7 @@ impl Owner {
         match done {
             Done::Created(name, outcome) => self.created(&name, *outcome),
             Done::Updated(id, result, reply) => {
-                let _ = reply.send(self.updated(&id, result).await);
+                let _ = reply.send(self.updated(&id, *result).await);
             }
             Done::Cleaned(id, result) => self.cleaned(&id, result),
             Done::Swept(id, Err(error)) => tracing::error!(container = %id, %error, "remains of a container could not be removed, the next start tries again"),
