@@ -16,6 +16,8 @@ use crate::wire::cri as wire;
 
 /// Samples closer together than this give no rate worth the name: the last one is told again (nanoseconds).
 const MIN_INTERVAL: i64 = 100_000_000;
+/// Containers for which a thread more does not pay.
+const MIN_SHARE: usize = 16;
 /// Samples kept beyond those of live objects before the map is swept.
 const SLACK: usize = 64;
 
@@ -47,14 +49,20 @@ async fn container_stats(front: &Front, containers: Vec<Arc<Container>>) -> Resu
     Ok(sample(front, containers).await?.iter().map(|(c, stats)| shown(front, c, stats, dir)).collect())
 }
 
-/// Samples are many small reads of the cgroup file systems: off the worker threads.
+/// Samples are many small reads of the cgroup file systems, microseconds each: off the worker threads, and many at once on all
+/// processors, because a kubelet waits for the last one.
 async fn sample(front: &Front, containers: Vec<Arc<Container>>) -> Result<Vec<(Arc<Container>, ContainerStats)>> {
-    let engine = front.engine.clone();
-    let each = move |c: Arc<Container>| {
-        let stats = engine.container_stats(&c);
-        (c, stats)
-    };
-    blocking::run("sample containers", move || Ok(containers.into_iter().map(each).collect())).await
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let share = containers.len().div_ceil(processors).max(MIN_SHARE);
+    let shares = containers.chunks(share).map(|share| {
+        let (engine, share) = (front.engine.clone(), share.to_vec());
+        let each = move |c: Arc<Container>| {
+            let stats = engine.container_stats(&c);
+            (c, stats)
+        };
+        blocking::run("sample containers", move || Ok::<_, Error>(share.into_iter().map(each).collect::<Vec<_>>()))
+    });
+    Ok(futures_util::future::try_join_all(shares).await?.into_iter().flatten().collect())
 }
 
 fn shown(front: &Front, container: &Container, stats: &ContainerStats, dir: &Path) -> wire::ContainerStats {

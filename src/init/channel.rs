@@ -56,17 +56,18 @@ pub(super) enum Heard {
 
 /// The next message, without waiting for it.
 pub(super) fn receive(from: BorrowedFd<'_>) -> io::Result<Heard> {
-    let mut bytes = [0; MESSAGE_MAX];
+    // A buffer for the longest message would stay in memory with every shim; most are short.
+    let peek = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+    let length = match rustix::io::retry_on_intr(|| rustix::net::recv(from, &mut [0; 1], peek)) {
+        Err(rustix::io::Errno::AGAIN) => return Ok(Heard::Nothing),
+        Ok((_, 0)) => return Ok(Heard::End),
+        length => length?.1.min(MESSAGE_MAX),
+    };
+    let mut bytes = vec![0; length];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let got = match rustix::io::retry_on_intr(|| rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)) {
-        Err(rustix::io::Errno::AGAIN) => return Ok(Heard::Nothing),
-        got => got?,
-    };
-    if got.bytes == 0 {
-        return Ok(Heard::End);
-    }
+    let got = rustix::io::retry_on_intr(|| rustix::net::recvmsg(from, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags))?;
     let mut fd = None;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {

@@ -1,6 +1,6 @@
 //! A shim's client: one connection per pod, typed calls, and the one table from ttrpc status codes to our errors.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::ttrpc::asynchronous::Client as Connection;
@@ -56,7 +56,7 @@ impl Client {
     /// Calls a method of the task service that does not wait for a process.
     ///
     /// # Errors
-    /// What the shim says; `Unavailable` when it is gone.
+    /// What the shim says; `Unavailable` when it is gone; `DeadlineExceeded`.
     pub async fn task<A: Message>(&self, method: &str, request: &impl Message) -> Result<A> {
         self.call(self.task, method, request, Some(self.limit)).await
     }
@@ -84,7 +84,11 @@ impl Client {
         namespace.key = NAMESPACE_KEY.to_owned();
         namespace.value = NAMESPACE.to_owned();
         message.metadata.push(namespace);
-        let answer = self.connection.request(message).await.map_err(|e| failed(what(), e))?;
+        let begun = Instant::now();
+        let answer = self.connection.request(message).await.map_err(|e| match limit.filter(|limit| begun.elapsed() >= *limit) {
+            Some(limit) => Error::new(Kind::DeadlineExceeded, format!("{}: the shim did not answer within {} s", what(), limit.as_secs())),
+            None => failed(what(), e),
+        })?;
         A::parse_from_bytes(&answer.payload).map_err(|e| Error::with(Kind::Internal, what(), e))
     }
 }

@@ -24,8 +24,9 @@ use crate::model::shim::{SANDBOX_SERVICE, TASK_V3};
 use crate::model::{ContainerId, PodId};
 use crate::stdx::blocking;
 
-/// How long a shim that was told to end, or was killed, may take to be gone.
-const END_LIMIT: Duration = Duration::from_secs(5);
+/// How long a shim whose pod is being deleted may take for each answer, and then to be gone. A few of them are less than the
+/// containerizer's patience with the whole deletion; past it the shim is killed, which needs no cooperation.
+const END_LIMIT: Duration = Duration::from_secs(3);
 /// Namespaces a sandbox may own: spec's name, file below `/proc/PID/ns`.
 const POD_NAMESPACES: [(&str, &str); 4] = [("ipc", "ipc"), ("uts", "uts"), ("network", "net"), ("pid", "pid")];
 
@@ -261,7 +262,19 @@ impl Launcher for ShimLauncher {
             let _ = self.find_again(id, handler, &sandbox).await;
         }
         for container in self.bundled_containers(id)? {
-            self.delete_task(id, &container).await?;
+            let deleted = tokio::time::timeout(END_LIMIT, self.delete_task(id, &container)).await;
+            if deleted.is_err()
+                && let Some(pod) = self.known(id)
+            {
+                tracing::warn!(pod = %id, shim = pod.shim_pid, container = %container, "the shim does not answer, it is killed with its pod");
+                pod.shim.kill(END_LIMIT).await;
+                self.forget(id);
+            }
+            match deleted {
+                Ok(deleted) => deleted?,
+                // Nobody is left to ask now.
+                Err(_) => self.delete_task(id, &container).await?,
+            }
         }
         if let Some(pod) = self.known(id) {
             self.end_shim(&pod).await?;
