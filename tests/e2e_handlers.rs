@@ -48,6 +48,12 @@ async fn a_pod_lives_under(handler: &str) {
     let mut limited = shell("c", script);
     limited.linux.as_mut().unwrap().resources = Some(api::LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() });
     let container = node.launch(&id, &config, &limited).await;
+    let request = api::ContainerStatusRequest { container_id: container.clone(), verbose: true };
+    let info = node.runtime().container_status(request).await.unwrap().into_inner().info.remove("info").unwrap();
+    let annotations = serde_json::from_str::<serde_json::Value>(&info).unwrap()["runtimeSpec"]["annotations"].clone();
+    let said = |key: &str| annotations[format!("io.kubernetes.cri.{key}")].as_str().unwrap_or_default().to_owned();
+    assert_eq!([said("container-type"), said("sandbox-id"), said("container-name"), said("sandbox-name")], ["container", &id, "c", handler], "{annotations}");
+    assert!(said("image-name").contains("busybox"), "{annotations}");
     let seen = format!("{handler}\ninet {ip}\n");
     let look = "hostname; ip addr show eth0 | grep -o 'inet [0-9.]*'; echo oops >&2; exit 3";
     assert_eq!(node.exec(&container, look, 20).await.unwrap(), (3, seen.clone(), "oops\n".to_owned()));

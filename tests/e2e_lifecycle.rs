@@ -4,11 +4,14 @@
 
 mod common;
 
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::cri::{code, host_pod, pod, shell};
 use common::{BUSYBOX, Node};
 use mesocri::wire::cri as api;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tonic::Code;
 
 #[tokio::test(flavor = "current_thread")]
@@ -80,6 +83,55 @@ async fn start_errors_are_exits_with_the_cause() {
     assert_eq!((status.state, status.exit_code, status.reason.as_str()), (api::ContainerState::ContainerExited as i32, 128, "StartError"));
     assert!(status.message.contains("/no/such/program") && status.finished_at > 0);
     assert_eq!(code(node.start_container(&created).await), Code::FailedPrecondition);
+    node.remove_all_pods().await;
+    node.finish();
+}
+
+/// The process whose command line begins with `words`, and the end of which can be waited for.
+fn find_process(words: &str) -> Option<(i32, OwnedFd)> {
+    let pids = common::entries(Path::new("/proc")).into_iter().filter_map(|name| name.parse::<i32>().ok());
+    let found = pids.filter(|pid| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.replace('\0', " ").starts_with(words)));
+    found.into_iter().find_map(|pid| {
+        let pidfd = rustix::process::pidfd_open(rustix::process::Pid::from_raw(pid)?, rustix::process::PidfdFlags::empty()).ok()?;
+        Some((pid, pidfd))
+    })
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_command_ends_when_its_caller_leaves() {
+    let node = Node::start().await;
+    node.pull().await;
+    let config = host_pod(&node, "left");
+    let id = node.run_pod(&config).await.unwrap();
+    let container = node.launch(&id, &config, &shell("c", "exec sleep 1000")).await;
+    // A number that no other test sleeps for.
+    let words = format!("sleep 7{:07}", std::process::id());
+    let cmd = vec!["/bin/sh".to_owned(), "-c".to_owned(), format!("setsid {words} & {words}1")];
+    let mut runtime = node.runtime();
+    let request = api::ExecSyncRequest { container_id: container.clone(), cmd, timeout: 0 };
+    let call = tokio::spawn(async move { runtime.exec_sync(request).await });
+    let mut processes = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // The shell becomes the last of its commands.
+    for process in [words.clone() + "1 ", words.clone() + " "] {
+        loop {
+            if let Some(found) = find_process(&process) {
+                processes.push(found);
+                break;
+            }
+            assert!(!call.is_finished() && Instant::now() < deadline, "the command does not run");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    call.abort();
+    let command = format!("/proc/{}", processes[0].0);
+    for (pid, pidfd) in processes {
+        let wait = move || poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16)).unwrap();
+        assert_eq!(tokio::task::spawn_blocking(wait).await.unwrap(), 1, "process {pid} runs on without its caller");
+    }
+    // What it started is for the container's first process to reap, which does not.
+    common::host::wait_until("the command is reaped", || !Path::new(&command).exists());
+    assert_eq!(node.exec(&container, "echo still there", 10).await.unwrap(), (0, "still there\n".to_owned(), String::new()));
     node.remove_all_pods().await;
     node.finish();
 }

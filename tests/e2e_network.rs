@@ -176,6 +176,11 @@ async fn cni_plugins_attach_forward_and_free() {
     let id = node.run_pod(&config).await.unwrap();
     let address = ip(&node, &id).await;
     assert!(address.starts_with("10.77.0."), "{address}");
+    let request = api::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: true };
+    let info = node.runtime().pod_sandbox_status(request).await.unwrap().into_inner().info.remove("info").unwrap();
+    let result = serde_json::from_str::<serde_json::Value>(&info).unwrap()["cniResult"].clone();
+    assert!(result["ips"][0]["address"].as_str().unwrap().starts_with(&address), "what the plugins said, whole: {result}");
+    assert!(result["interfaces"].as_array().is_some_and(|i| i.iter().any(|i| i["name"] == "eth0")), "{result}");
     let c = node.launch(&id, &config, &shell("server", SERVER)).await;
     let (exit, out, err) = node.exec(&c, "ip addr show eth0; ping -c 1 -W 5 10.77.0.1", 20).await.unwrap();
     assert!(exit == 0 && out.contains(&address), "{out}{err}");

@@ -103,9 +103,10 @@ async fn execs_are_bounded_in_time_and_output() {
     assert_eq!(left.stdout, b"before\nafter\n");
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
 
-    let much = ExecSpec { output_limit: 1000, ..exec(&["sh", "-c", "yes | head -c 300000; yes e | head -c 300000 >&2"]) };
+    let much = ExecSpec { output_limit: 1600, ..exec(&["sh", "-c", "yes | head -c 300000; yes e | head -c 300000 >&2"]) };
     let output = launcher.exec_sync(&bench.pod, &id, &much).await.unwrap();
-    assert_eq!((output.code, output.stdout.len(), output.stderr.len()), (0, 1000, 1000));
+    assert_eq!((output.code, output.stdout.len() + output.stderr.len()), (0, 1600), "one limit for both");
+    assert!(output.stdout.len() >= 100 && output.stderr.len() >= 100, "neither stream takes all");
 
     let terminal = ExecSpec { terminal: true, ..exec(&["sh", "-c", "tty; echo $TERM"]) };
     let output = launcher.exec_sync(&bench.pod, &id, &terminal).await.unwrap();
@@ -118,6 +119,39 @@ async fn execs_are_bounded_in_time_and_output() {
         std::fs::read_dir(bench.layout.bundle(&bench.pod, &id)).unwrap().flatten().filter(|e| e.file_name().to_string_lossy().contains("exec-")).count(),
         0
     );
+    bench.remove(&sandbox, "").await;
+}
+
+/// Wherever in the call the caller leaves, nothing of the command is left soon after.
+#[tokio::test]
+async fn an_exec_whose_caller_left_is_killed_and_forgotten() {
+    let bench = Bench::new().await;
+    let sandbox = bench.sandbox(&["ipc", "uts"]).await.unwrap();
+    let id = bench.run(&sandbox, &["sleep", "1000"]).await;
+    let launcher = &bench.launcher;
+    let cgroup =
+        Manager::open(&mesocri::disk::bundle::read(&bench.layout.bundle(&bench.pod, &id), mesocri::disk::bundle::Of::Task).unwrap().unwrap().cgroup.unwrap())
+            .unwrap();
+    assert_eq!(cgroup.procs().unwrap().len(), 1);
+    let command = exec(&["sh", "-c", "setsid sleep 4242 & sleep 4243"]);
+    for polls in [1, 2, 3, 5, 1000] {
+        let call = launcher.exec_sync(&bench.pod, &id, &command);
+        let mut call = std::pin::pin!(call);
+        // So many steps of the call, or until all three processes run.
+        for _ in 0..polls {
+            let step = tokio::time::timeout(Duration::from_millis(2), &mut call);
+            assert!(step.await.is_err(), "ended by itself");
+            if cgroup.procs().unwrap().len() == 4 {
+                break;
+            }
+        }
+    }
+    assert_eq!(cgroup.procs().unwrap().len(), 4, "the last one was let run");
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while cgroup.procs().unwrap().len() > 1 {
+        assert!(tokio::time::Instant::now() < deadline, "still there: {:?}", cgroup.procs());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     bench.remove(&sandbox, "").await;
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -17,11 +18,63 @@ const SHOWN_VALUE: usize = 80;
 #[derive(Clone, Debug)]
 pub struct Group {
     dir: PathBuf,
+    journal: Option<Journal>,
+}
+
+/// What files held before they were written, so that a change of many files can be taken back as a whole.
+#[derive(Clone, Debug, Default)]
+pub struct Journal(Arc<Mutex<Vec<(PathBuf, String)>>>);
+
+impl Journal {
+    /// Writes the former values back, the last change first: the order that was safe forwards is safe backwards. Goes on past
+    /// failures.
+    ///
+    /// # Errors
+    /// The first file that did not take its former value.
+    pub(super) fn roll_back(&self) -> Result<()> {
+        let mut first = None;
+        let changes = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        for (path, text) in changes.into_iter().rev() {
+            // One entry a write, as the kernel wants it; an empty list is a bare newline, for nothing is no write at all.
+            let entries = if text.trim().is_empty() { vec!["\n"] } else { text.lines().collect() };
+            for entry in entries {
+                if let Err(e) = write_path(&path, entry) {
+                    first.get_or_insert_with(|| refused(&path, entry, e));
+                }
+            }
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    /// What `path` holds now; `None` for what cannot be read, and so not be put back either.
+    fn look(path: &Path) -> Option<String> {
+        std::fs::read_to_string(path).ok()
+    }
+
+    fn note(&self, path: PathBuf, text: String) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((path, text));
+    }
+}
+
+fn write_path(path: &Path, value: &str) -> io::Result<()> {
+    let fd = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::retry_on_intr(|| rustix::io::write(&fd, value.as_bytes()))?;
+    Ok(())
+}
+
+fn refused(path: &Path, value: &str, e: io::Error) -> Error {
+    let shown: String = value.trim_end().chars().take(SHOWN_VALUE).collect();
+    Error::io(format!("write {shown} to {}", path.display()), e)
 }
 
 impl Group {
     pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir }
+        Self { dir, journal: None }
+    }
+
+    /// The same group; from now on every write is noted in `journal`.
+    pub(super) fn noting(self, journal: Option<&Journal>) -> Self {
+        Self { journal: journal.cloned(), ..self }
     }
 
     /// The directory.
@@ -31,13 +84,17 @@ impl Group {
 
     /// A group below.
     pub(super) fn child(&self, name: &str) -> Self {
-        Self { dir: self.dir.join(name) }
+        Self { dir: self.dir.join(name), journal: self.journal.clone() }
     }
 
     /// Writes `value` in one system call, as the kernel wants it.
     pub(super) fn try_write(&self, file: &str, value: &str) -> io::Result<()> {
-        let fd = rustix::fs::open(self.dir.join(file), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-        rustix::io::retry_on_intr(|| rustix::io::write(&fd, value.as_bytes()))?;
+        let path = self.dir.join(file);
+        let before = self.journal.as_ref().and_then(|journal| Some((journal, Journal::look(&path)?)));
+        write_path(&path, value)?;
+        if let Some((journal, text)) = before {
+            journal.note(path, text);
+        }
         Ok(())
     }
 
@@ -57,8 +114,7 @@ impl Group {
 
     /// The error for a value that the kernel did not take.
     pub(super) fn refused(&self, file: &str, value: &str, e: io::Error) -> Error {
-        let shown: String = value.trim_end().chars().take(SHOWN_VALUE).collect();
-        Error::io(format!("write {shown} to {}", self.dir.join(file).display()), e)
+        refused(&self.dir.join(file), value, e)
     }
 }
 

@@ -10,7 +10,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::controllers::{self, Detail};
-use super::file::{Group, Reader};
+use super::file::{Group, Journal, Reader};
 use super::host::{Controller, Hierarchy, Host, Version};
 use super::path::CgroupPath;
 use crate::model::error::{Act, Error, Kind, Result};
@@ -125,15 +125,21 @@ impl Manager {
     /// The file and value that were refused; `Unimplemented` when a limit is asked for whose controller this host lacks
     /// (huge page limits are skipped then, as the kubelet always sends them).
     pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
-        controllers::apply(self, resources)
+        controllers::apply(self, resources, None)
     }
 
-    /// Applies new limits to a running group. A memory limit without a swap limit takes swap along (no swap).
+    /// Applies new limits to a running group, all of them or none: when one is refused, those written before it get their former
+    /// values back. A memory limit without a swap limit takes swap along (no swap).
     ///
     /// # Errors
-    /// As [`Manager::apply`].
+    /// As [`Manager::apply`]; says so when a former value could not be put back.
     pub fn update(&self, resources: &Resources) -> Result<()> {
-        self.apply(&controllers::to_oci(resources))
+        let journal = Journal::default();
+        let Err(error) = controllers::apply(self, &controllers::to_oci(resources), Some(&journal)) else { return Ok(()) };
+        match journal.roll_back() {
+            Ok(()) => Err(error),
+            Err(stuck) => Err(error.within(format!("limit cgroup {}, where some of the new limits stay ({stuck})", self.path))),
+        }
     }
 
     /// Moves process `pid`, with all its threads, into the group on every hierarchy.

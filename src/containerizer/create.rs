@@ -15,7 +15,7 @@ use super::owner::{Owner, record_container};
 use super::parts::{Parts, Reply, copy, refuse_all};
 use super::slot::{Basis, Slot};
 use super::spans::{act_span, step_span};
-use super::{Container, EventKind, Pod, admit};
+use super::{Container, EventKind, Pod, admit, annotations};
 use crate::disk::layout::below;
 use crate::disk::pods;
 use crate::isolators::{ContainerCx, Cx};
@@ -151,8 +151,11 @@ async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Resul
     };
     let shim = shim.instrument(step_span!("start_shim", pod.id));
     let (shim, plan) = tokio::join!(shim, parts.isolators.prepare(&cx).instrument(step_span!("prepare", pod.id)));
-    let plan = plan?;
+    let mut plan = plan?;
     shim?;
+    if parts.launcher.is_foreign(&pod.spec.runtime_handler) {
+        annotations::of_sandbox(&mut plan, pod);
+    }
     failpoint::hit("run_pod.prepared");
 
     let making = parts.launcher.create_sandbox(&pod.id, &pod.spec.runtime_handler, &plan);
@@ -164,8 +167,7 @@ async fn pod_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, undo: &mut Undo) -> Resul
     failpoint::hit("run_pod.launched");
 
     let netns = network_namespace(&plan, &sandbox);
-    let network = netns.as_ref().map(|_| serde_json::json!({ "ips": plan.ips }));
-    let ready = Pod { phase: PodPhase::Ready, ips: plan.ips, netns, network, sandbox: Some(sandbox), ..Pod::clone(pod) };
+    let ready = Pod { phase: PodPhase::Ready, ips: plan.ips, netns, network: plan.network, sandbox: Some(sandbox), ..Pod::clone(pod) };
     let (layout, record) = (parts.layout.clone(), ready.clone());
     blocking::run("record pod", move || pods::write_pod(&layout, &record.id, &record)).instrument(step_span!("record", pod.id)).await?;
     failpoint::hit("run_pod.ready");
@@ -369,17 +371,24 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
         image_volumes: &image_volumes,
     };
     let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) };
-    let plan = parts.isolators.prepare(&cx).instrument(step_span!("prepare", pod.id, container.id)).await?;
+    let mut plan = parts.isolators.prepare(&cx).instrument(step_span!("prepare", pod.id, container.id)).await?;
+    if parts.launcher.is_foreign(&pod.spec.runtime_handler) {
+        annotations::of_container(&mut plan, pod, &container.spec, &order.image);
+    }
     failpoint::hit("create_container.prepared");
 
     let user = plan.spec.process().as_ref().map(|p| p.user().clone()).unwrap_or_default();
     let stop_signal = plan.stop_signal.or(container.spec.stop_signal).unwrap_or(SIGTERM);
     let io = TaskIo { log: container.log_path.clone(), stdin: container.spec.stdin, terminal: container.spec.tty };
     let launch = TaskLaunch { plan, rootfs: rootfs.mounts.clone(), io };
+    let (p, pod_id, key) = (parts.clone(), pod.id.clone(), container.id.clone());
+    // Before the act: a creation that timed out may go on in the shim.
+    undo.push("delete task", move || async move {
+        let deleted = p.limited("delete task", p.launcher.delete_task(&pod_id, &key)).await;
+        deleted.map_err(|e| e.to_string())
+    });
     let creating = parts.launcher.create_task(&pod.id, &container.id, &launch);
     let pid = creating.instrument(step_span!("create_task", pod.id, container.id)).await?;
-    let (p, pod_id, key) = (parts.clone(), pod.id.clone(), container.id.clone());
-    undo.push("delete task", move || async move { p.launcher.delete_task(&pod_id, &key).await.map_err(|e| e.to_string()) });
     failpoint::hit("create_container.launched");
     if !image_volumes.is_empty() {
         // The container has bound them; a mount that stays goes with the container.

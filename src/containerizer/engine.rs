@@ -181,21 +181,21 @@ impl Engine for Containerizer {
     async fn exec_sync(&self, id: &str, exec: ExecSpec) -> Result<ExecOutput> {
         let container = self.parts.visible.container(id)?;
         let mut life = self.ask_about(&container, |reply| Message::Enter(container.id.clone(), Ask::Exec, reply)).await?;
-        let parts = self.parts.clone();
-        let span = act_span!("container.exec", container.pod, container.id);
-        run_to_end("exec", span, async move {
-            let mut run = std::pin::pin!(parts.launcher.exec_sync(&container.pod, &container.id, &exec));
+        // In the caller's own future: a caller that leaves ends its command (cri-behaviour §1), for the launcher kills what nobody
+        // waits for.
+        let work = async {
+            let mut run = std::pin::pin!(self.parts.launcher.exec_sync(&container.pod, &container.id, &exec));
             tokio::select! {
                 biased;
                 output = &mut run => return output,
                 _ = life.wait_for(|life| *life == slot::Life::Ended) => {}
             }
             // The command died with the container; its own answer is better than ours, if it comes.
-            let drain = Duration::from_millis(parts.config.exec_drain_ms);
+            let drain = Duration::from_millis(self.parts.config.exec_drain_ms);
             let ended = || Error::precondition(format!("exec in container {}: the container ended meanwhile", container.id));
             tokio::time::timeout(drain, run).await.unwrap_or_else(|_| Err(ended()))
-        })
-        .await
+        };
+        work.instrument(act_span!("container.exec", container.pod, container.id)).await
     }
 
     fn pod(&self, id: &str) -> Result<Arc<Pod>> {

@@ -215,13 +215,22 @@ async fn update(parts: &Arc<Parts>, pod: &Pod, container: &Container, basis: Opt
             None => None,
         },
     };
-    if let (Some(basis), Some(sandbox)) = (&basis, &pod.sandbox) {
-        let inner =
-            ContainerCx { id: &container.id, spec: &container.spec, image: &basis.image, rootfs: &basis.rootfs, sandbox, target_pid: None, image_volumes: &[] };
-        let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: Some(inner) };
-        parts.isolators.update(&cx, &merged).instrument(step_span!("isolate", pod.id, container.id)).await?;
+    let inner = basis.as_ref().zip(pod.sandbox.as_ref()).map(|(basis, sandbox)| {
+        let (spec, image, rootfs) = (&container.spec, &*basis.image, &*basis.rootfs);
+        ContainerCx { id: &container.id, spec, image, rootfs, sandbox, target_pid: None, image_volumes: &[] }
+    });
+    let cx = Cx { pod_id: &pod.id, pod: &pod.spec, container: inner };
+    let written = inner.is_some() && parts.isolators.update(&cx, &merged).instrument(step_span!("isolate", pod.id, container.id)).await?;
+    // Our shim has nothing to add to what is in the group's files; others keep a record of their own.
+    if !written || parts.launcher.is_foreign(&pod.spec.runtime_handler) {
+        let telling = parts.launcher.update_task(&pod.id, &container.id, wanted);
+        if let Err(error) = telling.instrument(step_span!("update_task", pod.id, container.id)).await {
+            if written && let Err(stuck) = parts.isolators.update(&cx, &container.spec.resources.taking_back(wanted)).await {
+                tracing::warn!(container = %container.id, error = %stuck, "limits that the shim refused could not be taken back");
+            }
+            return Err(error);
+        }
     }
-    parts.launcher.update_task(&pod.id, &container.id, wanted).instrument(step_span!("update_task", pod.id, container.id)).await?;
     failpoint::hit("update_container.applied");
     Ok((merged, basis))
 }

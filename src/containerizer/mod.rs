@@ -16,6 +16,7 @@
 //! | `spans` | how all of this shows in logs and traces |
 
 mod admit;
+mod annotations;
 mod create;
 mod engine;
 mod exit;

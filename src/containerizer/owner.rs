@@ -21,6 +21,7 @@ use super::recover::Probe;
 use super::remove::Stage;
 use super::slot::{Life, Slot};
 use super::spans::step_span;
+use super::start::{NotStarted, Remains};
 use super::{Container, EventKind, Pod};
 use crate::disk::pods;
 use crate::model::container::ContainerMetadata;
@@ -84,8 +85,10 @@ impl Message {
 
 /// What tasks of the owner report.
 pub(super) enum Note {
-    /// A start has ended; the container's task is deleted if it failed.
-    Started(ContainerId, Result<()>, Reply<()>),
+    /// A start has ended; if it failed, with what is left of the container.
+    Started(ContainerId, Result<(), NotStarted>, Reply<()>),
+    /// What a container is that could not be ended after its start failed.
+    Ended(ContainerId, Remains),
     /// A process has ended.
     Exited(ContainerId, Ended),
     /// A stop signal or kill did not work.
@@ -189,6 +192,7 @@ impl Owner {
     async fn note(&mut self, note: Note) {
         match note {
             Note::Started(id, result, reply) => self.started(id, result, reply).await,
+            Note::Ended(id, remains) => self.ended_later(&id, remains).await,
             Note::Exited(id, ended) => self.exited(id, ended).await,
             Note::HaltFailed(id, how, error) => self.halt_failed(&id, how, error),
             Note::TaskDeleted(id, result) => self.task_deleted(&id, result),

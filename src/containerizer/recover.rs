@@ -231,7 +231,8 @@ impl Owner {
         }
     }
 
-    async fn apply_state(&mut self, id: &ContainerId, state: &TaskState) {
+    /// Takes over what the shim says of one container.
+    pub(super) async fn apply_state(&mut self, id: &ContainerId, state: &TaskState) {
         let Some(container) = self.slots.get(id).map(|s| s.container.clone()) else { return };
         match judge(&container.phase, state, clock::now_ns()) {
             Verdict::Is(phase) => {

@@ -4,19 +4,46 @@
 //! created, running, or ended already) decides, and no second write is needed when all goes well.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::Instrument;
 
 use super::admit::{self, Ask};
 use super::owner::{Note, Owner};
-use super::parts::Reply;
+use super::parts::{Parts, Reply};
 use super::slot::{Slot, Task};
 use super::spans::{act_span, step_span};
 use super::{Container, EventKind};
-use crate::model::ContainerId;
+use crate::launcher::TaskState;
 use crate::model::error::{Error, Result};
 use crate::model::phase::{ContainerPhase, Exit};
+use crate::model::{ContainerId, PodId};
 use crate::stdx::{clock, failpoint};
+
+/// Why a container was not started, and what is left of it.
+pub(super) type NotStarted = (Error, Remains);
+
+/// What is left of a container whose start failed.
+#[derive(Debug)]
+pub(super) enum Remains {
+    /// Its task is deleted.
+    Nothing,
+    /// A task that could not be deleted, in this state. The start may have worked after all, its answer being late.
+    Task(TaskState),
+    /// Nobody can say.
+    Unknown,
+}
+
+/// Deletes the task of a container whose start failed; if that fails too, asks what it is.
+async fn end(parts: &Parts, pod: &PodId, id: &ContainerId) -> Remains {
+    let Err(error) = parts.limited("delete task", parts.launcher.delete_task(pod, id)).await else { return Remains::Nothing };
+    tracing::warn!(container = %id, %error, "task of a container that failed to start could not be deleted");
+    match parts.limited("ask for task state", parts.launcher.task_state(pod, id)).await {
+        Ok(TaskState::Gone) => Remains::Nothing,
+        Ok(state) => Remains::Task(state),
+        Err(_) => Remains::Unknown,
+    }
+}
 
 impl Owner {
     /// `StartContainer`.
@@ -40,14 +67,12 @@ impl Owner {
         }
         let (parts, pod) = (self.parts.clone(), self.pod.id.clone());
         let work = async move {
-            let result = parts.launcher.start_task(&pod, &id).instrument(step_span!("start_task", pod, id)).await;
+            let started = parts.launcher.start_task(&pod, &id).instrument(step_span!("start_task", pod, id)).await;
             failpoint::hit("start_container.started");
-            if result.is_err()
-                && let undo = parts.limited("delete task", parts.launcher.delete_task(&pod, &id))
-                && let Err(error) = undo.instrument(step_span!("delete_task", pod, id)).await
-            {
-                tracing::warn!(container = %id, %error, "task of a container that failed to start could not be deleted, its removal tries again");
-            }
+            let result = match started {
+                Ok(()) => Ok(()),
+                Err(error) => Err((error, end(&parts, &pod, &id).instrument(step_span!("delete_task", pod, id)).await)),
+            };
             Note::Started(id, result, reply)
         };
         self.spawn(work.in_current_span());
@@ -69,7 +94,7 @@ impl Owner {
     }
 
     /// A start has ended.
-    pub(super) async fn started(&mut self, id: ContainerId, result: Result<()>, reply: Reply<()>) {
+    pub(super) async fn started(&mut self, id: ContainerId, result: Result<(), NotStarted>, reply: Reply<()>) {
         let Some(running) = self.slots.get_mut(&id).and_then(|slot| slot.starting.take()) else {
             return drop(reply.send(Err(Error::not_found(format!("start container {id}: no such container")))));
         };
@@ -79,18 +104,59 @@ impl Owner {
                 self.show(Container::clone(&running), Some(EventKind::Started));
                 self.watch(&id);
             }
-            Err(error) => {
-                let message = error.to_string();
-                let exit = Exit::start_error(clock::now_ns(), message.clone());
-                let failed = Container { phase: ContainerPhase::Exited { started_at: 0, exit }, message, ..Container::clone(&running) };
-                self.note_down(&failed).await;
-                self.show(failed, Some(EventKind::Stopped));
+            Err((error, Remains::Nothing)) => self.not_started(Container::clone(&running), error.to_string()).await,
+            Err((error, Remains::Task(state))) => {
+                // The record says running already: with the shim's word it is as after a restart of the daemon.
+                tracing::warn!(container = %id, %error, ?state, "start failed, but the container could not be ended: it is what its shim says");
+                self.show(Container::clone(&running), None);
+                self.apply_state(&id, state).await;
+            }
+            Err((error, Remains::Unknown)) => {
+                let started_at = if let ContainerPhase::Running { started_at, .. } = running.phase { started_at } else { 0 };
+                let phase = ContainerPhase::Unknown { started_at };
+                self.show(Container { phase, message: error.to_string(), ..Container::clone(&running) }, None);
+                self.end_later(id.clone());
             }
         }
         if let Some(slot) = self.slots.get_mut(&id) {
             self.again.extend(slot.parked.drain(..));
         }
-        let _ = reply.send(result);
+        let _ = reply.send(result.map_err(|(error, _)| error));
+    }
+
+    /// Record, published state and event of a start that failed and of which nothing is left.
+    async fn not_started(&mut self, container: Container, why: String) {
+        let exit = Exit::start_error(clock::now_ns(), why.clone());
+        let failed = Container { phase: ContainerPhase::Exited { started_at: 0, exit }, message: why, ..container };
+        self.note_down(&failed).await;
+        self.show(failed, Some(EventKind::Stopped));
+    }
+
+    /// Goes on to end a container that could neither be started nor ended, until its shim says what it is.
+    fn end_later(&self, id: ContainerId) {
+        let (parts, pod) = (self.parts.clone(), self.pod.id.clone());
+        self.spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(parts.config.reattach_interval_ms)).await;
+                match end(&parts, &pod, &id).await {
+                    Remains::Unknown => {}
+                    remains => return Note::Ended(id, remains),
+                }
+            }
+        });
+    }
+
+    /// What became of a container that was unknown after its start.
+    pub(super) async fn ended_later(&mut self, id: &ContainerId, remains: Remains) {
+        let Some(container) = self.slots.get(id).filter(|s| !s.has_exited()).map(|s| Container::clone(&s.container)) else { return };
+        match remains {
+            Remains::Task(state) => self.apply_state(id, &state).await,
+            Remains::Nothing => {
+                let why = container.message.clone();
+                self.not_started(container, why).await;
+            }
+            Remains::Unknown => {}
+        }
     }
 
     /// Waits for the exit of a running container from now on.

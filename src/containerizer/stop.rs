@@ -72,10 +72,11 @@ impl Owner {
     /// Sends the stop signal, the first time.
     fn signal(&mut self, id: &ContainerId) {
         let Some(slot) = self.slots.get_mut(id) else { return };
+        // Before the early return: a stop with grace after a failed kill must wait, and then reach the kill.
+        clear_failure(slot);
         if std::mem::replace(&mut slot.signalled, true) {
             return;
         }
-        clear_failure(slot);
         let (parts, container) = (self.parts.clone(), slot.container.clone());
         let me = self.me.clone();
         let span = step_span!("signal", container.pod, container.id);

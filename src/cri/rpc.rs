@@ -34,7 +34,7 @@ macro_rules! calls {
                     // The ids that the request does not name are filled in by the engine as soon as there are any.
                     let span = tracing::info_span!(stringify!($name), pod = Empty, container = Empty);
                     $(span.record(stringify!($subject), request.$field.as_str());)?
-                    answer(span, $handler(self, request)).await
+                    answer(stringify!($name), span, $handler(self, request)).await
                 }
             )*
             $(
@@ -42,7 +42,7 @@ macro_rules! calls {
 
                 async fn $stream_name(&self, request: Request<wire::$stream_request>) -> Result<Response<Self::$stream>, Status> {
                     let span = tracing::info_span!(stringify!($stream_name));
-                    answer(span, $stream_handler(self, request.into_inner())).await
+                    answer(stringify!($stream_name), span, $stream_handler(self, request.into_inner())).await
                 }
             )*
         }
@@ -111,14 +111,14 @@ calls! {
 }
 
 /// Runs a handler inside its span. Its failure is logged here and nowhere else; a panic costs this call, not the daemon.
-async fn answer<T>(span: Span, work: impl Future<Output = Result<T>>) -> Result<Response<T>, Status> {
+async fn answer<T>(rpc: &str, span: Span, work: impl Future<Output = Result<T>>) -> Result<Response<T>, Status> {
     let guarded = async {
         let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
             Err(Error::internal(format!("panic while answering: {text}")))
         });
         result.map(Response::new).map_err(|e| {
-            status::log(&e);
+            status::log(rpc, &e);
             status::of(&e)
         })
     };

@@ -1,6 +1,7 @@
 //! The one table from error class to gRPC code, and the one place where a failed call is logged.
 
 use tonic::{Code, Status};
+use tracing::Level;
 
 use crate::model::error::{Error, Kind};
 
@@ -34,12 +35,25 @@ pub fn of(error: &Error) -> Status {
     }
 }
 
-/// Logs a failed call, once, with its chain. Callers who asked for something that is gone, or left, are everyday life.
-pub fn log(error: &Error) {
-    match error.kind {
-        Kind::NotFound | Kind::Cancelled | Kind::Unimplemented => tracing::debug!(kind = ?error.kind, "call failed: {error}"),
-        Kind::Internal | Kind::DataLoss => tracing::error!(kind = ?error.kind, "call failed: {error}"),
-        _ => tracing::warn!(kind = ?error.kind, "call failed: {error}"),
+/// Beginnings of the names of calls that are to change something. Their failure is seen at the default level, whatever its class.
+const ACTS: &[&str] = &["run_", "stop_", "remove_", "create_", "start_", "update_", "exec", "pull_", "reopen_", "checkpoint_", "attach", "port_forward"];
+
+/// Logs a failed call, once, with its chain and the call's name.
+pub fn log(rpc: &str, error: &Error) {
+    match level(rpc, error.kind) {
+        Level::ERROR => tracing::error!(kind = ?error.kind, "{rpc} failed: {error}"),
+        Level::WARN => tracing::warn!(kind = ?error.kind, "{rpc} failed: {error}"),
+        _ => tracing::debug!(kind = ?error.kind, "{rpc} failed: {error}"),
+    }
+}
+
+/// How loud the failure of a call is. Callers who left, or who ask about something that is gone, are everyday life.
+fn level(rpc: &str, kind: Kind) -> Level {
+    match kind {
+        Kind::Internal | Kind::DataLoss => Level::ERROR,
+        Kind::Cancelled => Level::DEBUG,
+        Kind::NotFound | Kind::Unimplemented if !ACTS.iter().any(|act| rpc.starts_with(act)) => Level::DEBUG,
+        _ => Level::WARN,
     }
 }
 
@@ -71,6 +85,30 @@ mod tests {
         ] {
             let status = of(&Error::new(kind, "do x").within("do y"));
             assert_eq!((status.code(), status.message()), (expected, "do y: do x"));
+        }
+    }
+
+    #[test]
+    fn failed_acts_are_seen_and_questions_about_what_is_gone_are_not() {
+        for act in [
+            "create_container",
+            "start_container",
+            "run_pod_sandbox",
+            "stop_container",
+            "remove_image",
+            "update_container_resources",
+            "exec_sync",
+            "pull_image",
+        ] {
+            assert_eq!(level(act, Kind::NotFound), Level::WARN, "{act}");
+            assert_eq!(level(act, Kind::Unimplemented), Level::WARN, "{act}");
+            assert_eq!(level(act, Kind::Cancelled), Level::DEBUG, "{act}");
+            assert_eq!(level(act, Kind::Internal), Level::ERROR, "{act}");
+        }
+        for question in ["container_status", "list_containers", "pod_sandbox_stats", "image_status", "status", "list_metric_descriptors", "runtime_config"] {
+            assert_eq!(level(question, Kind::NotFound), Level::DEBUG, "{question}");
+            assert_eq!(level(question, Kind::Unimplemented), Level::DEBUG, "{question}");
+            assert_eq!(level(question, Kind::Unavailable), Level::WARN, "{question}");
         }
     }
 

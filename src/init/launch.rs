@@ -34,8 +34,12 @@ pub(super) fn prepare(child: &mut Child<'_>) -> Result {
     };
     let given = child.process.env().iter().flatten().map(String::as_bytes);
     let mut env: Vec<Vec<u8>> = given.map(<[u8]>::to_vec).collect();
-    if child.is_container {
-        env.extend(child.bundle.extras.env_bytes.iter().cloned());
+    // Of execs too, whose process is the container's with other words; what such a process says itself goes first.
+    for variable in &child.bundle.extras.env_bytes {
+        let name = variable.split_inclusive(|b| *b == b'=').next().unwrap_or_default();
+        if !env.iter().any(|e| e.starts_with(name)) {
+            env.push(variable.clone());
+        }
     }
     if !env.iter().any(|e| e.starts_with(b"HOME=") && e.len() > b"HOME=".len()) {
         env.retain(|e| !e.starts_with(b"HOME="));

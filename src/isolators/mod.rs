@@ -152,13 +152,14 @@ pub trait Isolator: Send + Sync {
         Ok(())
     }
 
-    /// New limits for a created or running container; `merged` is what then holds in all.
+    /// New limits for a created or running container; `merged` is what then holds in all. Whether the container's group has them
+    /// now; else its shim is told to see to it.
     ///
     /// # Errors
-    /// Fail the update; nothing is recorded then.
-    async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<()> {
+    /// Fail the update; nothing is recorded then, and nothing of it may hold.
+    async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<bool> {
         let _ = (cx, merged);
-        Ok(())
+        Ok(false)
     }
 
     /// A sample of use of the pod (`container` is `None`) or container; only the cgroups isolator answers. Synchronous and

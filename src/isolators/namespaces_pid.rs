@@ -36,21 +36,25 @@ impl Isolator for PidNamespace {
         let wanted = match &cx.container {
             // Only a shared namespace needs a process of the pod to hold it.
             None => (cx.pod.namespaces.pid == NamespaceMode::Pod).then_some(None),
-            Some(container) => of_container(container)?,
+            Some(container) => of_container(container, &cx.pod.namespaces.pid)?,
         };
         let namespaces = wanted.map(|path| namespace(Pid, path)).into_iter().collect();
         Ok(LaunchPatch { namespaces, ..LaunchPatch::default() })
     }
 }
 
-/// `None`: stays in the host's; `Some(None)`: its own; `Some(path)`: joins that one.
-fn of_container(container: &ContainerCx<'_>) -> Result<Option<Option<PathBuf>>> {
+/// `None`: stays in the host's; `Some(None)`: its own; `Some(path)`: joins that one. `pod` is the pod's own mode.
+fn of_container(container: &ContainerCx<'_>, pod: &NamespaceMode) -> Result<Option<Option<PathBuf>>> {
     match &container.spec.security.namespaces.pid {
         NamespaceMode::Node => Ok(None),
         NamespaceMode::Container => Ok(Some(None)),
         NamespaceMode::Pod => match container.sandbox.namespaces.get("pid") {
             Some(path) => Ok(Some(Some(path.clone()))),
-            None => Err(Error::precondition("join the pod's process namespace: the pod was made without one")),
+            // The pod's namespace is the host's.
+            None if *pod == NamespaceMode::Node => Ok(None),
+            None => Err(Error::precondition(
+                "join the pod's process namespace: the pod was made without one; set pid of the container's namespace_options to CONTAINER, or make the pod with POD",
+            )),
         },
         NamespaceMode::Target(id) => match container.target_pid {
             Some(pid) => Ok(Some(Some(PathBuf::from(format!("/proc/{pid}/ns/pid"))))),
@@ -97,6 +101,11 @@ mod tests {
         assert_eq!(bench.prepare(&PidNamespace).await.unwrap_err().kind, Kind::FailedPrecondition);
         bench.spec.security.namespaces.pid = NamespaceMode::Pod;
         bench.sandbox.namespaces.clear();
-        assert_eq!(bench.prepare(&PidNamespace).await.unwrap_err().kind, Kind::FailedPrecondition);
+        bench.pod.namespaces.pid = NamespaceMode::Container;
+        let error = bench.prepare(&PidNamespace).await.unwrap_err();
+        assert_eq!(error.kind, Kind::FailedPrecondition);
+        assert!(error.to_string().contains("CONTAINER"), "says what to set: {error}");
+        bench.pod.namespaces.pid = NamespaceMode::Node;
+        assert_eq!(path(bench.prepare(&PidNamespace).await.unwrap()), None, "the host's namespace is the pod's");
     }
 }

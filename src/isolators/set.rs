@@ -114,15 +114,17 @@ impl Isolators {
         Ok(())
     }
 
-    /// Calls `update` of all.
+    /// Calls `update` of all. Whether one of them has written the limits.
     ///
     /// # Errors
     /// The first failure, by name.
-    pub async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<()> {
+    pub async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<bool> {
+        let mut written = false;
         for isolator in &self.0 {
-            isolator.update(cx, merged).instrument(span_in(isolator.name(), cx)).await.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
+            let updated = isolator.update(cx, merged).instrument(span_in(isolator.name(), cx)).await;
+            written |= updated.map_err(|e| e.within(format!("isolator {}", isolator.name())))?;
         }
-        Ok(())
+        Ok(written)
     }
 
     /// The sample of the isolator that answers.

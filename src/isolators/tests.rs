@@ -116,7 +116,7 @@ impl Bench {
     }
 
     /// Gives the container new limits.
-    pub async fn update(&self, isolator: &dyn Isolator, merged: &crate::model::resources::Resources) -> Result<()> {
+    pub async fn update(&self, isolator: &dyn Isolator, merged: &crate::model::resources::Resources) -> Result<bool> {
         isolator.update(&Cx { pod_id: &self.pod_id, pod: &self.pod, container: Some(self.cx()) }, merged).await
     }
 

@@ -12,6 +12,7 @@ use tokio::net::unix::pipe::{OpenOptions, Receiver};
 use tokio::time::Instant;
 
 use super::client::Client;
+use super::output::{BUDGET, Room, Share};
 use super::pod::Pod;
 use super::shims::ShimLauncher;
 use super::{ExecOutput, ExecSpec, bundle, task};
@@ -35,16 +36,15 @@ impl ShimLauncher {
         let process = process(&dir, exec)?;
         let exec_id = exec_id();
         let fifos = Fifos::make(&dir, &exec_id, exec.terminal)?;
+        let room = Room::new(&BUDGET, exec.output_limit, if exec.terminal { 1 } else { 2 });
         let started = Instant::now();
-        let mut stdout = Capture::open(&fifos.stdout, exec.output_limit, started)?;
+        let mut stdout = Capture::open(&fifos.stdout, &room, started)?;
         let mut stderr = match &fifos.stderr {
-            Some(path) => Capture::open(path, exec.output_limit, started)?,
-            None => Capture::none(started),
+            Some(path) => Capture::open(path, &room, started)?,
+            None => Capture::none(&room, started),
         };
-        let mut running = Running { client: pod.client.clone(), id: id.as_str().to_owned(), exec_id, armed: true };
-        running.start(&fifos, exec.terminal, process).await?;
-        // Both sides have them open now.
-        drop(fifos);
+        let running = Running { client: pod.client.clone(), id: id.as_str().to_owned(), exec_id, armed: true };
+        let mut running = running.start(fifos, exec.terminal, process).await?;
         let timeout = exec.timeout.unwrap_or(Duration::MAX);
         let activity = AtomicU64::new(0);
         let ended = {
@@ -67,6 +67,9 @@ impl ShimLauncher {
         };
         let code = code?;
         running.forget();
+        if room.is_refused() {
+            tracing::warn!(container = %id, "output of a command was cut: commands in other containers hold all memory there is for it");
+        }
         Ok(ExecOutput { code, stdout: stdout.data, stderr: stderr.data })
     }
 }
@@ -147,21 +150,21 @@ impl Drop for Fifos {
 }
 
 /// One stream being read: what fits is kept, the rest is read and forgotten.
-struct Capture {
+struct Capture<'a> {
     pipe: Option<Receiver>,
     data: Vec<u8>,
-    limit: usize,
+    share: Share<'a>,
     started: Instant,
 }
 
-impl Capture {
-    fn open(path: &Path, limit: usize, started: Instant) -> Result<Self> {
+impl<'a> Capture<'a> {
+    fn open(path: &Path, room: &'a Room<'a>, started: Instant) -> Result<Self> {
         let pipe = OpenOptions::new().open_receiver(path).act("open", path.display())?;
-        Ok(Self { pipe: Some(pipe), data: Vec::new(), limit, started })
+        Ok(Self { pipe: Some(pipe), data: Vec::new(), share: room.share(), started })
     }
 
-    fn none(started: Instant) -> Self {
-        Self { pipe: None, data: Vec::new(), limit: 0, started }
+    fn none(room: &'a Room<'a>, started: Instant) -> Self {
+        Self { pipe: None, data: Vec::new(), share: room.share(), started }
     }
 
     /// Reads until the end. `activity` is told when bytes came, in milliseconds since the start.
@@ -172,7 +175,7 @@ impl Capture {
             match pipe.try_read(&mut buffer) {
                 Ok(0) => break,
                 Ok(n) => {
-                    let take = n.min(self.limit.saturating_sub(self.data.len()));
+                    let take = self.share.take(n);
                     self.data.extend_from_slice(&buffer[..take]);
                     activity.store(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
                 }
@@ -192,7 +195,17 @@ struct Running {
 }
 
 impl Running {
-    async fn start(&mut self, fifos: &Fifos, terminal: bool, process: Vec<u8>) -> Result<()> {
+    /// Starts it, in a task of its own: a caller that leaves meanwhile must not leave a request behind that the shim answers after
+    /// the kill. When nobody wants the result any more it is dropped, and that kills.
+    async fn start(self, fifos: Fifos, terminal: bool, process: Vec<u8>) -> Result<Self> {
+        let starting = tokio::spawn(async move {
+            // The names go when this ends: both sides have them open then.
+            self.begin(&fifos, terminal, process).await.map(|()| self)
+        });
+        starting.await.map_err(|e| Error::with(Kind::Internal, "start exec", e))?
+    }
+
+    async fn begin(&self, fifos: &Fifos, terminal: bool, process: Vec<u8>) -> Result<()> {
         let mut request = api::ExecProcessRequest::new();
         request.id = self.id.clone();
         request.exec_id = self.exec_id.clone();

@@ -6,6 +6,7 @@ mod client;
 pub mod config;
 mod exec;
 mod foreign;
+mod output;
 mod pod;
 mod recover;
 mod shims;
@@ -92,9 +93,9 @@ pub enum TaskState {
 pub struct ExecOutput {
     /// Exit code.
     pub code: i32,
-    /// At most the cap.
+    /// Its beginning; with `stderr` at most [`ExecSpec::output_limit`].
     pub stdout: Vec<u8>,
-    /// At most the cap.
+    /// Its beginning.
     pub stderr: Vec<u8>,
 }
 
@@ -107,7 +108,8 @@ pub struct ExecSpec {
     pub terminal: bool,
     /// Kill after this long; `None` never.
     pub timeout: Option<std::time::Duration>,
-    /// Bytes kept of each stream; more is read and dropped.
+    /// Bytes kept of both streams together, a sixteenth of them set aside for each; more is read and dropped. So is what exceeds
+    /// the memory that all running commands share for their output (64 MiB and 16 KiB for each).
     pub output_limit: usize,
 }
 
@@ -120,6 +122,11 @@ pub trait Launcher: Send + Sync {
     /// Whether `handler` (empty: the default) exists.
     fn has_handler(&self, handler: &str) -> bool {
         handler.is_empty() || self.handlers().iter().any(|h| h == handler)
+    }
+
+    /// Whether `handler` is another runtime's shim: it goes by annotations, and keeps a record of limits that must be told of new ones.
+    fn is_foreign(&self, handler: &str) -> bool {
+        !handler.is_empty() && handler != config::DEFAULT_HANDLER
     }
 
     /// Starts the pod's shim ahead of its sandbox, so that it is up when the plan is ready. Does nothing where a shim needs the plan
@@ -204,7 +211,8 @@ pub trait Launcher: Send + Sync {
     /// When it cannot be made.
     async fn reopen_log(&self, pod: &PodId, id: &ContainerId) -> Result<()>;
 
-    /// Runs a command to its end inside a running container with the container's own process settings.
+    /// Runs a command to its end inside a running container with the container's own process settings. Dropping the future kills
+    /// the command and all it started.
     ///
     /// # Errors
     /// `DeadlineExceeded` after the time-out (its processes are dead and reaped then), the failed step when it cannot start.

@@ -186,8 +186,6 @@ pub struct ContainerSpec {
     pub mounts: Vec<Mount>,
     /// Devices.
     pub devices: Vec<Device>,
-    /// CDI device names, `vendor.com/class=name`.
-    pub cdi_devices: Vec<String>,
     /// Labels, kept byte for byte.
     pub labels: BTreeMap<String, String>,
     /// Annotations, kept byte for byte.

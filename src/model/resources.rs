@@ -50,4 +50,36 @@ impl Resources {
         merged.unified.extend(update.unified.clone());
         merged
     }
+
+    /// What brings `self` back after `update` was applied: limits of which nothing was said before are lifted. Weights, lists and
+    /// raw files that nothing was said of have no value that means so, and stay.
+    #[must_use]
+    pub fn taking_back(&self, update: &Resources) -> Resources {
+        let mut former = self.clone();
+        let lift = |former: &mut Option<i64>, now: Option<i64>| {
+            if former.is_none() && now.is_some() {
+                *former = Some(-1);
+            }
+        };
+        lift(&mut former.cpu_quota, update.cpu_quota);
+        lift(&mut former.memory_limit, update.memory_limit);
+        lift(&mut former.memory_swap, update.memory_swap.or(update.memory_limit).filter(|_| self.memory_limit.is_none()));
+        lift(&mut former.pids_limit, update.pids_limit);
+        former
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_back_is_as_before_or_lifted() {
+        let old = Resources { memory_limit: Some(5), cpu_shares: Some(7), ..Resources::default() };
+        let update = Resources { memory_limit: Some(9), cpu_quota: Some(3), pids_limit: Some(4), ..Resources::default() };
+        let back = old.taking_back(&update);
+        assert_eq!(back, Resources { cpu_quota: Some(-1), pids_limit: Some(-1), ..old });
+        let back = Resources::default().taking_back(&update);
+        assert_eq!((back.memory_limit, back.memory_swap), (Some(-1), Some(-1)));
+    }
 }

@@ -86,7 +86,9 @@ impl Provisioner {
             let counts = Counts::default();
             for lease in leases.all() {
                 if let Some(dir) = &lease.rootfs.writable {
-                    counts.insert(&lease.container, dir.clone(), usage::count(dir)?);
+                    // A directory that cannot be read is this container's trouble, not the node's: counted again when somebody asks.
+                    let counted = usage::count(dir).inspect_err(|error| tracing::warn!(container = lease.container, %error, "writable layer is not counted"));
+                    counts.insert(&lease.container, dir.clone(), counted.ok());
                 }
             }
             let registries = Registries::new(&config);
@@ -220,7 +222,7 @@ impl Inner {
         };
         failpoint::hit("provision.built");
         if let Some(writable) = &rootfs.writable {
-            self.counts.insert(container, writable.clone(), usage::count(writable)?);
+            self.counts.insert(container, writable.clone(), Some(usage::count(writable)?));
         }
         self.leases.put(Lease { container: container.to_owned(), image: image.id.clone(), layers, rootfs: rootfs.clone(), made: now_ns() })?;
         self.images.touch(&image.id);

@@ -1,6 +1,6 @@
 //! Counts what directories occupy on disk: allocated blocks and inodes, hard links once, as `du` does.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,10 @@ use crate::stdx::clock::now_ns;
 const MAX_DEPTH: usize = 256;
 /// A count older than this is made anew when someone asks (the kubelet asks every ten seconds).
 const MAX_AGE_NS: i64 = 9_000_000_000;
+
+/// Walks at once. The walks of a list of statistics must not fill the pool of blocking threads, behind which creations and exits
+/// would wait, nor the disk's queue.
+const MAX_WALKS: usize = 2;
 
 /// Counts the tree at `path`; nothing there counts nothing.
 ///
@@ -120,54 +124,91 @@ pub fn add(a: FsUsage, b: FsUsage) -> FsUsage {
 }
 
 /// Counted directories by container: answers at once, counts in the background when an answer is old.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Counts {
-    map: Arc<Mutex<HashMap<String, Counted>>>,
+    state: Arc<Mutex<State>>,
+    count: fn(&Path) -> Result<FsUsage>,
+}
+
+#[derive(Default)]
+struct State {
+    map: HashMap<String, Counted>,
+    /// Whose counts are old, in the order in which somebody asked.
+    wanted: VecDeque<String>,
+    /// Threads that walk.
+    walks: usize,
 }
 
 struct Counted {
     dir: PathBuf,
     usage: FsUsage,
-    at: i64,
+    /// When it was counted; `None` for never.
+    at: Option<i64>,
+    /// A new count is wanted or under way.
     running: bool,
 }
 
+impl Default for Counts {
+    fn default() -> Self {
+        Self { state: Arc::default(), count }
+    }
+}
+
 impl Counts {
-    /// Starts to watch `dir` for `id`; `usage` is what is known now.
-    pub fn insert(&self, id: &str, dir: PathBuf, usage: FsUsage) {
-        self.lock().insert(id.to_owned(), Counted { dir, usage, at: now_ns(), running: false });
+    /// Starts to watch `dir` for `id`; `usage` is what is known now, `None` if that is nothing.
+    pub fn insert(&self, id: &str, dir: PathBuf, usage: Option<FsUsage>) {
+        let counted = Counted { dir, usage: usage.unwrap_or_default(), at: usage.map(|_| now_ns()), running: false };
+        self.lock().map.insert(id.to_owned(), counted);
     }
 
     /// Forgets `id`.
     pub fn remove(&self, id: &str) {
-        self.lock().remove(id);
+        self.lock().map.remove(id);
     }
 
-    /// The last count of `id`. If it is old, a new one is started.
+    /// The last count of `id`. If it is old, or there is none, a new one is made in the background.
     pub fn get(&self, id: &str) -> Option<(FsUsage, i64)> {
-        let mut map = self.lock();
-        let counted = map.get_mut(id)?;
-        let answer = (counted.usage, counted.at);
-        if !counted.running && now_ns() - counted.at > MAX_AGE_NS {
-            counted.running = true;
-            let (this, id, dir) = (self.clone(), id.to_owned(), counted.dir.clone());
-            drop(map);
+        let mut state = self.lock();
+        let counted = state.map.get_mut(id)?;
+        let answer = counted.at.map(|at| (counted.usage, at));
+        if !counted.running && counted.at.is_none_or(|at| now_ns() - at > MAX_AGE_NS) {
             // Without a runtime (a synchronous test) the old count stands.
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn_blocking(move || this.refresh(&id, &dir));
+                counted.running = true;
+                state.wanted.push_back(id.to_owned());
+                if state.walks < MAX_WALKS {
+                    state.walks += 1;
+                    let this = self.clone();
+                    runtime.spawn_blocking(move || this.walk_wanted());
+                }
             }
         }
-        Some(answer)
+        answer
+    }
+
+    /// Counts what is wanted until nothing is. Blocks.
+    fn walk_wanted(&self) {
+        loop {
+            let mut state = self.lock();
+            let Some(id) = state.wanted.pop_front() else {
+                state.walks -= 1;
+                return;
+            };
+            let Some(dir) = state.map.get(&id).map(|counted| counted.dir.clone()) else { continue };
+            drop(state);
+            self.refresh(&id, &dir);
+        }
     }
 
     /// Counts now. Blocks.
     pub fn refresh(&self, id: &str, dir: &Path) {
-        let counted = count(dir);
-        let mut map = self.lock();
-        if let Some(entry) = map.get_mut(id) {
+        let counted = (self.count)(dir);
+        let mut state = self.lock();
+        // Another container may have come by that name meanwhile; its directory is another one then.
+        if let Some(entry) = state.map.get_mut(id).filter(|entry| entry.dir == dir) {
             entry.running = false;
             match counted {
-                Ok(usage) => (entry.usage, entry.at) = (usage, now_ns()),
+                Ok(usage) => (entry.usage, entry.at) = (usage, Some(now_ns())),
                 Err(e) => tracing::debug!(container = id, error = %e, "count writable directory"),
             }
         }
@@ -175,15 +216,69 @@ impl Counts {
 
     /// The last counts of all, summed.
     pub fn sum(&self) -> FsUsage {
-        self.lock().values().fold(FsUsage::default(), |sum, c| add(sum, c.usage))
+        self.lock().map.values().fold(FsUsage::default(), |sum, c| add(sum, c.usage))
     }
 
     /// Ids and directories.
     pub fn all(&self) -> Vec<(String, PathBuf)> {
-        self.lock().iter().map(|(id, c)| (id.clone(), c.dir.clone())).collect()
+        self.lock().map.iter().map(|(id, c)| (id.clone(), c.dir.clone())).collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Counted>> {
-        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Condvar, MutexGuard};
+
+    use super::*;
+
+    /// Walks that wait: how many there are, how many there were at once, how many may end.
+    static WALKS: Mutex<(usize, usize, usize)> = Mutex::new((0, 0, 0));
+    static CHANGED: Condvar = Condvar::new();
+
+    fn wait(until: impl Fn(&(usize, usize, usize)) -> bool) -> MutexGuard<'static, (usize, usize, usize)> {
+        CHANGED.wait_while(WALKS.lock().unwrap(), |walks| !until(walks)).unwrap()
+    }
+
+    fn slow_count(_: &Path) -> Result<FsUsage> {
+        let mut walks = WALKS.lock().unwrap();
+        walks.0 += 1;
+        walks.1 = walks.1.max(walks.0);
+        drop(walks);
+        CHANGED.notify_all();
+        let mut walks = wait(|walks| walks.2 > 0);
+        walks.0 -= 1;
+        walks.2 -= 1;
+        Ok(FsUsage { bytes: 7, inodes: 1 })
+    }
+
+    #[tokio::test]
+    async fn a_list_of_old_counts_starts_few_walks_and_all_are_counted_in_the_end() {
+        let counts = Counts { count: slow_count, ..Counts::default() };
+        let ids: Vec<String> = (0..20).map(|n| n.to_string()).collect();
+        for id in &ids {
+            counts.insert(id, PathBuf::from(id), None);
+        }
+        for _ in 0..3 {
+            assert!(ids.iter().all(|id| counts.get(id).is_none()), "what was never counted is not said to be nothing");
+        }
+        drop(wait(|walks| walks.0 == MAX_WALKS));
+        // Work of others finds a thread at once.
+        tokio::task::spawn_blocking(|| ()).await.unwrap();
+        {
+            let state = counts.lock();
+            assert_eq!((state.walks, state.wanted.len()), (MAX_WALKS, ids.len() - MAX_WALKS), "each is wanted once");
+        }
+        WALKS.lock().unwrap().2 = ids.len();
+        CHANGED.notify_all();
+        let done = tokio::task::spawn_blocking(|| wait(|walks| walks.2 == 0).1);
+        assert_eq!(done.await.unwrap(), MAX_WALKS);
+        while counts.lock().walks > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(ids.iter().all(|id| counts.get(id).is_some_and(|(usage, _)| usage.bytes == 7)));
     }
 }

@@ -17,7 +17,7 @@ pub mod unified;
 
 use oci_spec::runtime::LinuxResources;
 
-use super::file::{Group, Reader};
+use super::file::{Group, Journal, Reader};
 use super::host::{Controller, Version};
 use super::manager::Manager;
 use crate::model::error::{Error, Kind, Result};
@@ -72,12 +72,12 @@ mod none {
 const ROWS: &[Row] = &[cpu::CPU, cpu::CPUACCT, cpuset::CPUSET, memory::MEMORY, pids::PIDS, hugetlb::HUGETLB, blkio::BLKIO, devices::DEVICES, freezer::FREEZER];
 
 /// See [`Manager::apply`].
-pub(super) fn apply(manager: &Manager, resources: &LinuxResources) -> Result<()> {
+pub(super) fn apply(manager: &Manager, resources: &LinuxResources, journal: Option<&Journal>) -> Result<()> {
     for row in ROWS.iter().filter(|row| (row.wanted)(resources)) {
         match manager.host.locate(row.controller) {
             Some(hierarchy) => {
                 let apply = if hierarchy.version == Version::V1 { row.apply_v1 } else { row.apply_v2 };
-                apply(&manager.group(hierarchy), resources)?;
+                apply(&manager.group(hierarchy).noting(journal), resources)?;
             }
             None if row.required => {
                 let what = format!("limit cgroup {}: this host has no {} controller", manager.path, row.controller.name());
@@ -90,7 +90,7 @@ pub(super) fn apply(manager: &Manager, resources: &LinuxResources) -> Result<()>
     if manager.host.is_pure_v2()
         && let (Some(v2), Some(files)) = (manager.host.v2(), resources.unified())
     {
-        unified::apply(&manager.group(v2), files)?;
+        unified::apply(&manager.group(v2).noting(journal), files)?;
     }
     Ok(())
 }

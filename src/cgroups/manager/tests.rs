@@ -117,6 +117,54 @@ fn v1_limits_are_readable() {
     assert_eq!((stats.memory_limit, stats.pids_limit), (None, None));
 }
 
+/// Every file that an update may write, with what it holds.
+fn limits(scratch: &Scratch) -> Vec<(String, String)> {
+    let mut held = Vec::new();
+    for dir in scratch.dirs() {
+        for entry in std::fs::read_dir(dir).unwrap().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let limits = ["shares", "weight", "quota_us", "period_us", "cpu.max", "limit_in_bytes", "cpuset.cpus", "pids.max", "memory.max", "memory.swap.max"];
+            if limits.iter().any(|l| name.ends_with(l)) {
+                held.push((name, std::fs::read_to_string(entry.path()).unwrap_or_default()));
+            }
+        }
+    }
+    held.sort();
+    held
+}
+
+#[test]
+fn an_update_that_is_refused_half_way_changes_nothing() {
+    let scratch = Scratch::new("whole");
+    // From limits to others, and from none: what was not limited must be unlimited again.
+    for first in [Some(resources()), None] {
+        if let Some(first) = first {
+            scratch.0.update(&first).unwrap();
+        } else {
+            scratch
+                .0
+                .update(&Resources { memory_limit: Some(-1), memory_swap: Some(-1), cpu_quota: Some(-1), pids_limit: Some(-1), ..Resources::default() })
+                .unwrap();
+        }
+        let before = limits(&scratch);
+        assert!(before.len() > 4, "{before:?}");
+        let others =
+            Resources { cpu_shares: Some(700), cpu_quota: Some(9_000), cpu_period: Some(20_000), memory_limit: Some(32 << 20), ..Resources::default() };
+        // Refused by cpuset after cpu was written; by memory+swap after memory was; by a page size after all of them.
+        let refusals = [
+            Resources { cpuset_cpus: Some("4095".to_owned()), ..others.clone() },
+            Resources { memory_swap: Some(16 << 20), ..others.clone() },
+            Resources { pids_limit: Some(5), hugepage_limits: [("2XB".to_owned(), 1)].into(), ..others.clone() },
+        ];
+        for refused in refusals {
+            scratch.0.update(&refused).unwrap_err();
+            assert_eq!(limits(&scratch), before, "{refused:?}");
+        }
+        scratch.0.update(&others).unwrap();
+        assert_ne!(limits(&scratch), before, "the same limits without the refused one are taken");
+    }
+}
+
 #[test]
 fn errors_name_file_and_value() {
     let scratch = Scratch::new("errors");

@@ -151,6 +151,68 @@ async fn a_failed_start_ends_the_container_with_128() {
 }
 
 #[tokio::test]
+async fn a_creation_that_answers_too_late_is_undone() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let before = bench.world.held();
+    bench.world.fail_late("create_task", Kind::DeadlineExceeded);
+    let error = bench.engine.create_container(pod.as_str(), container_spec("c")).await.unwrap_err();
+    assert_eq!(error.kind, Kind::DeadlineExceeded);
+    assert_eq!(bench.world.held(), before, "the task that was made after all is deleted");
+    bench.world.heal("create_task");
+    bench.created(&pod, "c").await;
+}
+
+#[tokio::test]
+async fn a_start_that_answers_too_late_is_taken_back() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let id = bench.created(&pod, "c").await;
+    bench.world.fail_late("start_task", Kind::DeadlineExceeded);
+    assert_eq!(bench.engine.start_container(id.as_str()).await.unwrap_err().kind, Kind::DeadlineExceeded);
+    assert_eq!(bench.exited(&id).await, (128, "StartError".to_owned()));
+    assert!(!bench.world.held().iter().any(|t| t.starts_with("task")), "it does not run on");
+}
+
+#[tokio::test]
+async fn what_started_too_late_and_cannot_be_ended_is_shown_running() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let id = bench.created(&pod, "c").await;
+    bench.world.fail_late("start_task", Kind::DeadlineExceeded);
+    bench.world.fail("delete_task", Kind::Internal);
+    bench.engine.start_container(id.as_str()).await.unwrap_err();
+    assert!(matches!(bench.container(&id).phase, ContainerPhase::Running { .. }), "{:?}", bench.container(&id).phase);
+    bench.world.heal("delete_task");
+    bench.world.exit(&id, 3);
+    assert_eq!(bench.exited(&id).await, (3, "Error".to_owned()), "its exit is watched");
+    bench.engine.remove_pod(pod.as_str()).await.unwrap();
+    bench.assert_empty();
+}
+
+#[tokio::test]
+async fn a_start_of_which_nobody_knows_the_outcome_is_unknown_until_somebody_does() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let id = bench.created(&pod, "c").await;
+    bench.world.fail_late("start_task", Kind::DeadlineExceeded);
+    for call in ["delete_task", "task_state"] {
+        bench.world.fail(call, Kind::DeadlineExceeded);
+    }
+    bench.engine.start_container(id.as_str()).await.unwrap_err();
+    assert!(matches!(bench.container(&id).phase, ContainerPhase::Unknown { .. }), "{:?}", bench.container(&id).phase);
+    bench.world.reached("task_state", 3).await;
+    assert!(matches!(bench.container(&id).phase, ContainerPhase::Unknown { .. }));
+    for call in ["delete_task", "task_state"] {
+        bench.world.heal(call);
+    }
+    assert_eq!(bench.exited(&id).await, (128, "StartError".to_owned()));
+    assert!(!bench.world.held().iter().any(|t| t.starts_with("task")));
+    bench.engine.remove_pod(pod.as_str()).await.unwrap();
+    bench.assert_empty();
+}
+
+#[tokio::test]
 async fn a_panic_below_is_an_error_and_is_undone() {
     let bench = Bench::new();
     bench.world.panic_at("create_sandbox");

@@ -26,6 +26,11 @@ pub struct World {
     held: Mutex<BTreeSet<String>>,
     calls: watch::Sender<Vec<String>>,
     cues: Mutex<HashMap<String, Kind>>,
+    late: Mutex<HashMap<String, Kind>>,
+    /// What the isolator was last told to limit.
+    pub limits: Mutex<Option<Resources>>,
+    /// Annotations of the sandboxes and tasks made, in order.
+    pub annotations: Mutex<Vec<HashMap<String, String>>>,
     fail_at: Mutex<Option<usize>>,
     panics: Mutex<Option<String>>,
     gates: Mutex<HashMap<String, watch::Sender<bool>>>,
@@ -50,6 +55,9 @@ impl World {
             held: Mutex::default(),
             calls: watch::Sender::new(Vec::new()),
             cues: Mutex::default(),
+            late: Mutex::default(),
+            limits: Mutex::default(),
+            annotations: Mutex::default(),
             fail_at: Mutex::default(),
             panics: Mutex::default(),
             gates: Mutex::default(),
@@ -84,8 +92,21 @@ impl World {
         self.cues.lock().unwrap().insert(call.to_owned(), kind);
     }
 
+    /// Every further `call` is done and fails all the same: its answer did not come in time.
+    pub fn fail_late(&self, call: &str, kind: Kind) {
+        self.late.lock().unwrap().insert(call.to_owned(), kind);
+    }
+
     pub fn heal(&self, call: &str) {
         self.cues.lock().unwrap().remove(call);
+        self.late.lock().unwrap().remove(call);
+    }
+
+    fn answer(&self, call: &str) -> Result<()> {
+        match self.late.lock().unwrap().get(call) {
+            Some(kind) => Err(Error::new(*kind, format!("{call} answers too late, on cue"))),
+            None => Ok(()),
+        }
     }
 
     /// The `n`-th call from now on fails, whatever it is; `None` none does. Says whether the last cue was used.
@@ -155,6 +176,11 @@ impl World {
         self.tasks.lock().unwrap().get_mut(id).unwrap().immortal = true;
     }
 
+    /// It can be killed again.
+    pub fn mortalise(&self, id: &ContainerId) {
+        self.tasks.lock().unwrap().get_mut(id).unwrap().immortal = false;
+    }
+
     /// The shim forgets a task.
     pub fn forget(&self, id: &ContainerId) {
         self.tasks.lock().unwrap().remove(id);
@@ -207,8 +233,9 @@ impl Launcher for FakeLauncher {
         Ok(())
     }
 
-    async fn create_sandbox(&self, pod: &PodId, _: &str, _: &LaunchPlan) -> Result<Sandbox> {
+    async fn create_sandbox(&self, pod: &PodId, _: &str, plan: &LaunchPlan) -> Result<Sandbox> {
         self.0.pass("create_sandbox").await?;
+        self.0.annotations.lock().unwrap().push(plan.spec.annotations().clone().unwrap_or_default());
         self.0.sandboxes.lock().unwrap().insert(pod.clone(), watch::Sender::new(true));
         self.0.hold_thing(format!("sandbox {pod}"));
         Ok(Sandbox { pid: 10, shim_pid: 10, address: "unix:///x".into(), namespaces: BTreeMap::new() })
@@ -244,12 +271,14 @@ impl Launcher for FakeLauncher {
         Ok(())
     }
 
-    async fn create_task(&self, pod: &PodId, id: &ContainerId, _: &TaskLaunch) -> Result<u32> {
+    async fn create_task(&self, pod: &PodId, id: &ContainerId, launch: &TaskLaunch) -> Result<u32> {
         self.0.pass("create_task").await?;
+        self.0.annotations.lock().unwrap().push(launch.plan.spec.annotations().clone().unwrap_or_default());
         self.shim(pod)?;
         let task = FakeTask { pod: pod.clone(), state: watch::Sender::new(TaskState::Created { pid: 20 }), deaf: false, immortal: false };
         self.0.tasks.lock().unwrap().insert(id.clone(), task);
         self.0.hold_thing(format!("task {id}"));
+        self.0.answer("create_task")?;
         Ok(20)
     }
 
@@ -257,7 +286,7 @@ impl Launcher for FakeLauncher {
         self.0.pass("start_task").await?;
         self.shim(pod)?;
         self.0.tasks.lock().unwrap()[id].state.send_replace(TaskState::Running { pid: 20 });
-        Ok(())
+        self.0.answer("start_task")
     }
 
     async fn kill_task(&self, pod: &PodId, id: &ContainerId, signal: i32, all: bool) -> Result<()> {
@@ -308,9 +337,27 @@ impl Launcher for FakeLauncher {
         self.0.pass("reopen_log").await
     }
 
-    async fn exec_sync(&self, _: &PodId, _: &ContainerId, _: &ExecSpec) -> Result<ExecOutput> {
+    async fn exec_sync(&self, _: &PodId, id: &ContainerId, _: &ExecSpec) -> Result<ExecOutput> {
+        // Like the real one: the command ends with the future, whoever drops it.
+        let _running = Running::new(&self.0, format!("exec in {id}"));
         self.0.pass("exec_sync").await?;
         Ok(ExecOutput { code: 0, stdout: b"out".to_vec(), stderr: Vec::new() })
+    }
+}
+
+/// Something held for as long as this lives.
+struct Running(Arc<World>, String);
+
+impl Running {
+    fn new(world: &Arc<World>, thing: String) -> Self {
+        world.hold_thing(thing.clone());
+        Self(world.clone(), thing)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.drop_thing(&self.1);
     }
 }
 
@@ -435,6 +482,11 @@ impl Recorder {
     }
 }
 
+/// What a CNI plugin answered for a pod.
+pub fn network_of(pod: &PodId) -> serde_json::Value {
+    serde_json::json!({ "cniVersion": "1.0.0", "interfaces": [{ "name": "eth0", "sandbox": pod }], "routes": [] })
+}
+
 fn thing(pod: &PodId, container: Option<&ContainerId>) -> String {
     container.map_or_else(|| format!("isolated pod {pod}"), |id| format!("isolated container {id}"))
 }
@@ -449,15 +501,18 @@ impl Isolator for Recorder {
         self.world.hold_thing(thing(cx.pod_id, cx.container.map(|c| c.id)));
         let call = if cx.container.is_some() { "prepare container" } else { "prepare pod" };
         self.alone(cx.pod_id, call).await?;
-        Ok(LaunchPatch::default())
+        let network = cx.container.is_none().then(|| network_of(cx.pod_id));
+        Ok(LaunchPatch { network, ..LaunchPatch::default() })
     }
 
     async fn isolate(&self, cx: &Cx<'_>, _: u32) -> Result<()> {
         self.alone(cx.pod_id, "isolate").await
     }
 
-    async fn update(&self, cx: &Cx<'_>, _: &Resources) -> Result<()> {
-        self.alone(cx.pod_id, "update").await
+    async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<bool> {
+        self.alone(cx.pod_id, "update").await?;
+        *self.world.limits.lock().unwrap() = Some(merged.clone());
+        Ok(true)
     }
 
     fn usage(&self, _: &PodId, _: &PodSpec, container: Option<&ContainerId>) -> Option<CgroupStats> {

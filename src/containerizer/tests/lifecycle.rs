@@ -245,7 +245,8 @@ async fn updates_merge_are_recorded_and_work_before_the_start() {
     assert_eq!((merged.cpu_shares, merged.memory_limit, merged.cpuset_cpus.as_deref()), (Some(512), Some(1 << 20), Some("0")));
     let recorded: Container = record::read(&bench.layout.container_record(&pod, &id)).unwrap();
     assert_eq!(recorded, *bench.container(&id));
-    bench.world.fail("update_task", Kind::Internal);
+    assert_eq!(bench.world.count("update_task"), 0, "our own shim has nothing to add");
+    bench.world.fail("update", Kind::Internal);
     assert!(bench.engine.update_container(id.as_str(), Resources { cpu_shares: Some(2), ..Resources::default() }).await.is_err());
     assert_eq!(bench.container(&id).spec.resources.cpu_shares, Some(512), "a refused update changes nothing");
 
@@ -295,4 +296,44 @@ async fn lists_of_a_hundred_cost_less_than_a_quarter_millisecond() {
     });
     let best = best.min().unwrap();
     assert!(best < Duration::from_micros(250), "{best:?}");
+}
+
+#[tokio::test]
+async fn another_runtimes_shim_is_told_of_limits_and_its_refusal_takes_them_back() {
+    let bench = Bench::new();
+    let pod = bench.engine.run_pod(PodSpec { runtime_handler: "other".into(), ..pod_spec("a") }).await.unwrap();
+    let id = bench.running(&pod, "c").await;
+    let update = |limit| Resources { memory_limit: Some(limit), ..Resources::default() };
+    bench.engine.update_container(id.as_str(), update(5)).await.unwrap();
+    assert_eq!((bench.world.count("update"), bench.world.count("update_task")), (1, 1));
+    bench.world.fail("update_task", Kind::InvalidArgument);
+    bench.engine.update_container(id.as_str(), update(9)).await.unwrap_err();
+    assert_eq!(bench.world.limits.lock().unwrap().as_ref().unwrap().memory_limit, Some(5));
+    assert_eq!(bench.container(&id).spec.resources.memory_limit, Some(5));
+}
+
+#[tokio::test]
+async fn other_runtimes_are_told_whose_pod_and_container_it_is() {
+    let bench = Bench::new();
+    for (handler, told) in [("other", true), ("", false), ("mesocri", false)] {
+        bench.world.annotations.lock().unwrap().clear();
+        let pod = bench.engine.run_pod(PodSpec { runtime_handler: handler.into(), ..pod_spec("a") }).await.unwrap();
+        bench.created(&pod, "c").await;
+        let made = bench.world.annotations.lock().unwrap().clone();
+        let get = |n: usize, key: &str| made[n].get(&format!("io.kubernetes.cri.{key}")).cloned();
+        if told {
+            for (n, kind) in [(0, "sandbox"), (1, "container")] {
+                assert_eq!(get(n, "container-type").as_deref(), Some(kind));
+                assert_eq!(get(n, "sandbox-id").as_deref(), Some(pod.as_str()));
+                let names = ["sandbox-name", "sandbox-namespace", "sandbox-uid"].map(|key| get(n, key).unwrap());
+                assert_eq!(names, ["a", "ns", "uid-a"]);
+            }
+            assert_eq!(get(1, "container-name").as_deref(), Some("c"));
+            assert_eq!(get(1, "image-name").as_deref(), Some("docker.io/library/busybox:1"));
+            assert_eq!((get(0, "container-name"), get(0, "image-name")), (None, None));
+        } else {
+            assert!(made.iter().all(std::collections::HashMap::is_empty), "ours has no use for them: {made:?}");
+        }
+        bench.engine.remove_pod(pod.as_str()).await.unwrap();
+    }
 }

@@ -36,6 +36,8 @@ fn living_pods_go_on_as_if_nothing_had_happened() {
         assert!(!bench.engine.ready());
         bench.engine.recover().await.unwrap();
         assert!(bench.engine.ready());
+        assert_eq!(bench.world.count("network.recover"), 1);
+        assert_eq!(bench.engine.pod(pod.as_str()).unwrap().network, Some(fake::network_of(&pod)), "the whole of it, in the record too");
         assert_eq!(bench.engine.pod(pod.as_str()).unwrap(), old.engine.pod(pod.as_str()).unwrap());
         for container in before {
             assert_eq!(bench.container(&container.id), container);

@@ -181,6 +181,42 @@ async fn what_cannot_be_killed_is_an_error_and_can_be_tried_again() {
 }
 
 #[tokio::test]
+async fn a_stop_with_grace_kills_again_after_a_kill_that_failed() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let id = bench.running(&pod, "c").await;
+    let grace = Duration::from_millis(20);
+    bench.world.immortalise(&id);
+    for attempt in 1..=2 {
+        assert_eq!(bench.engine.stop_container(id.as_str(), grace).await.unwrap_err().kind, Kind::DeadlineExceeded);
+        let kills = signals(&bench).into_iter().filter(|s| *s == (9, true)).count();
+        assert_eq!(kills, attempt, "each call that ran out of patience kills");
+    }
+    bench.world.mortalise(&id);
+    bench.engine.stop_container(id.as_str(), grace).await.unwrap();
+    assert_eq!(signals(&bench), [(15, false), (9, true), (9, true), (9, true)]);
+    assert_eq!(bench.exited(&id).await.0, 137);
+}
+
+#[tokio::test]
+async fn a_caller_that_left_ends_its_command() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let id = bench.running(&pod, "c").await;
+    bench.world.hold("exec_sync");
+    let call = tokio::spawn({
+        let (engine, id) = (bench.engine.clone(), id.clone());
+        async move { engine.exec_sync(id.as_str(), ExecSpec::default()).await }
+    });
+    bench.world.reached("exec_sync", 1).await;
+    assert!(bench.world.held().iter().any(|t| t.starts_with("exec")));
+    call.abort();
+    // The launcher hears of it by the end of its own future, not some time later.
+    assert!(call.await.unwrap_err().is_cancelled());
+    assert!(!bench.world.held().iter().any(|t| t.starts_with("exec")), "the command runs on without a caller");
+}
+
+#[tokio::test]
 async fn a_removal_whose_caller_left_is_finished_all_the_same() {
     let bench = Bench::new();
     let pod = bench.pod("a").await;

@@ -10,11 +10,15 @@ use crate::wire::cri as wire;
 
 use super::{choice, filled, mounts, one_line, required, resources, security, signal};
 
+/// Prefix of the annotations by which device plugins ask for CDI devices where they do not use the field.
+const CDI_ANNOTATIONS: &str = "cdi.k8s.io/";
+
 /// A container in `pod` from its request. `recursive_read_only` says whether such mounts can be made.
 ///
 /// # Errors
-/// `InvalidArgument`; `Unimplemented` for what this runtime or node cannot do.
+/// `InvalidArgument`; `Unimplemented` or `FailedPrecondition` for what this runtime or node cannot do.
 pub fn from_wire(config: wire::ContainerConfig, pod: &Pod, recursive_read_only: bool) -> Result<ContainerSpec> {
+    no_cdi(&config)?;
     let metadata = required(config.metadata, "config.metadata")?;
     let image = required(config.image, "config.image")?;
     let linux = config.linux.unwrap_or_default();
@@ -33,7 +37,6 @@ pub fn from_wire(config: wire::ContainerConfig, pod: &Pod, recursive_read_only: 
         envs: config.envs.into_iter().map(env).collect::<Result<_>>()?,
         mounts: config.mounts.into_iter().map(|m| mounts::from_wire(m, recursive_read_only)).collect::<Result<_>>()?,
         devices: config.devices.into_iter().map(device).collect::<Result<_>>()?,
-        cdi_devices: config.cdi_devices.into_iter().map(|d| d.name).collect(),
         labels: config.labels,
         annotations: config.annotations,
         log_path: log_path(&config.log_path)?,
@@ -44,6 +47,19 @@ pub fn from_wire(config: wire::ContainerConfig, pod: &Pod, recursive_read_only: 
         security: security::of_container(linux.security_context.unwrap_or_default(), pod)?,
         stop_signal: signal::to_number(choice(config.stop_signal, "stop_signal")?),
     })
+}
+
+/// Nobody may run without the device they asked for, so a request is refused until CDI is built.
+fn no_cdi(config: &wire::ContainerConfig) -> Result<()> {
+    let field = config.cdi_devices.first().map(|device| device.name.as_str());
+    let annotation = || config.annotations.iter().find(|(key, _)| key.starts_with(CDI_ANNOTATIONS)).map(|(key, _)| key.as_str());
+    match field.or_else(annotation) {
+        Some(name) => {
+            let what = format!("inject CDI device {name}: CDI devices are not supported by this version; name the device nodes in devices instead");
+            Err(Error::precondition(what))
+        }
+        None => Ok(()),
+    }
 }
 
 fn no_nul(bytes: &[u8], field: &str) -> Result<()> {
@@ -144,6 +160,26 @@ mod tests {
             change(&mut config);
             assert_eq!(from_wire(config, &pod, true).expect_err(what).kind, Kind::InvalidArgument, "{what}");
         }
+    }
+
+    #[test]
+    fn devices_of_cdi_are_refused_and_not_forgotten() {
+        let pod = fake::pod("p");
+        let refused = |change: fn(&mut wire::ContainerConfig)| {
+            let mut config = config();
+            change(&mut config);
+            from_wire(config, &pod, true).unwrap_err()
+        };
+        for error in [
+            refused(|c| c.cdi_devices = vec![wire::CdiDevice { name: "vendor.com/gpu=0".into() }]),
+            refused(|c| drop(c.annotations.insert("cdi.k8s.io/plugin_gpu".into(), "vendor.com/gpu=0".into()))),
+        ] {
+            assert_eq!(error.kind, Kind::FailedPrecondition);
+            assert!(error.to_string().contains("not supported"), "{error}");
+        }
+        let mut config = config();
+        config.annotations.insert("example.com/cdi.k8s.io/".into(), String::new());
+        from_wire(config, &pod, true).unwrap();
     }
 
     #[test]

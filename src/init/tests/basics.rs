@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::harness::{Bundle, create, exec, open, process, reap};
 use crate::init::{Stdio, spawn_pid_holder};
+use crate::model::plan::{EXTRAS_FILE, Extras};
 
 #[test]
 fn a_container_runs_in_its_own_namespaces() {
@@ -36,6 +37,17 @@ fn an_exec_joins_the_container() {
     p["args"] = json!(["/no/such"]);
     let e = b.exec(&running, &p).unwrap_err();
     assert_eq!((e.step.as_str(), e.object.as_str(), e.errno), ("exec", "/no/such", libc::ENOENT));
+}
+
+#[test]
+fn variables_that_are_no_text_reach_container_and_exec() {
+    let b = Bundle::new("printf %s \"$BYTES\" | /bin/busybox od -An -tx1; exec sleep 1000");
+    let extras = Extras { env_bytes: vec![b"BYTES=a\xff=b".to_vec(), b"A=\xfe".to_vec()], ..Extras::default() };
+    std::fs::write(b.path(EXTRAS_FILE), serde_json::to_vec(&extras).unwrap()).unwrap();
+    let running = b.background();
+    let p = process("printf %s \"$BYTES\" | /bin/busybox od -An -tx1; echo $A");
+    assert_eq!(b.exec(&running, &p).unwrap().out, " 61 ff 3d 62\nb c\n", "and text that the process itself has wins");
+    assert_eq!(std::fs::read(format!("/proc/{}/environ", running.pid)).unwrap().split(|b| *b == 0).filter(|e| *e == b"BYTES=a\xff=b").count(), 1);
 }
 
 #[test]

@@ -312,23 +312,33 @@ impl Isolator for Cgroups {
         }
     }
 
-    async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<()> {
-        let Some(container) = &cx.container else { return Ok(()) };
+    async fn update(&self, cx: &Cx<'_>, merged: &Resources) -> Result<bool> {
+        let Some(container) = &cx.container else { return Ok(false) };
         check(merged)?;
         let group = self.group(cx.pod_id, cx.pod, Some(container.id))?;
         // A virtual machine's runtime keeps the container elsewhere and is told by its shim.
         if !group.exists() {
-            return Ok(());
+            return Ok(false);
         }
+        let (unit, v2) = (scope(container.id), self.host.is_pure_v2());
         if self.config.driver == Driver::Systemd {
-            self.systemd().await?.set_limits(&scope(container.id), merged, self.host.is_pure_v2()).await?;
+            self.systemd().await?.set_limits(&unit, merged, v2).await?;
         }
-        let mut merged = merged.clone();
+        let mut wanted = merged.clone();
         if !self.swap {
-            merged.memory_swap = None;
+            wanted.memory_swap = None;
         }
         // Lowering a memory limit may make the kernel reclaim for a while.
-        blocking::run("update cgroup", move || group.update(&merged)).await
+        let written = blocking::run("update cgroup", move || group.update(&wanted)).await;
+        if written.is_err() && self.config.driver == Driver::Systemd {
+            // The files have their former values again; systemd would write its own at the next chance.
+            let former = container.spec.resources.taking_back(merged);
+            let told = async { self.systemd().await?.set_limits(&unit, &former, v2).await };
+            if let Err(error) = told.await {
+                tracing::warn!(unit, %error, "systemd keeps limits that were refused");
+            }
+        }
+        written.map(|()| true)
     }
 
     fn usage(&self, pod_id: &PodId, pod: &PodSpec, container: Option<&ContainerId>) -> Option<CgroupStats> {

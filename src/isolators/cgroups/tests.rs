@@ -69,7 +69,7 @@ async fn a_pod_from_prepare_to_cleanup() {
     assert!(usage(Some(&ContainerId::from_string("unknown"))).is_none());
 
     let merged = case.bench.spec.resources.updated_by(&Resources { memory_limit: Some(64 << 20), ..Resources::default() });
-    case.bench.update(&case.isolator, &merged).await.unwrap();
+    assert!(case.bench.update(&case.isolator, &merged).await.unwrap(), "written, nobody else needs to");
     assert_eq!(usage(Some(&case.bench.id)).unwrap().memory_limit, Some(64 << 20));
 
     case.cleanup(true).await.unwrap();

@@ -422,6 +422,30 @@ async fn mirrors_come_first_and_get_no_credentials() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_writable_layer_that_cannot_be_counted_does_not_stop_the_start() {
+    let stub = Stub::honest();
+    let (reference, _) = stub.image("a", &["x"]);
+    let store = Store::new(Config::default()).await;
+    store.pull(&reference).await.unwrap();
+    let image = store.provisioner.list().remove(0);
+    let writable = store.provisioner.provision("c", &image).await.unwrap().writable.unwrap();
+    let aside = writable.with_extension("aside");
+    std::fs::rename(&writable, &aside).unwrap();
+    std::fs::write(&writable, "a file where the directory was").unwrap();
+    let again = Provisioner::open(Config::default(), store.layout.clone()).await.unwrap();
+    assert!(again.usage("c").is_none(), "not counted is not empty");
+    std::fs::remove_file(&writable).unwrap();
+    std::fs::rename(&aside, &writable).unwrap();
+    let counted = async {
+        while again.usage("c").is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(10), counted).await.expect("never counted again");
+    again.release("c").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn recovery_drops_what_nobody_knows_and_keeps_the_rest() {
     let stub = Stub::honest();
     let (reference, _) = stub.image("a", &["x"]);
