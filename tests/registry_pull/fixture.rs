@@ -44,14 +44,14 @@ impl Drop for Registry {
     }
 }
 
-pub fn installed() -> bool {
-    ["docker-registry", "skopeo", "openssl", "htpasswd"]
-        .iter()
-        .all(|p| Command::new(p).arg("--help").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok())
+/// Fails with the name of the package that has `program`.
+fn missing(program: &str, error: &std::io::Error) -> ! {
+    let package = if program == "htpasswd" { "apache2-utils" } else { program };
+    panic!("run {program}: {error}; package {package} is needed (hack/dev deps test)")
 }
 
 pub fn run(command: &mut Command) -> Vec<u8> {
-    let out = command.output().unwrap();
+    let out = command.output().unwrap_or_else(|e| missing(&command.get_program().to_string_lossy(), &e));
     assert!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
     out.stdout
 }
@@ -95,7 +95,8 @@ impl Registry {
         }
         std::fs::write(dir.path().join("config.yml"), config).unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
-        let child = Command::new("docker-registry").arg("serve").arg(path("config.yml")).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        let child = Command::new("docker-registry").arg("serve").arg(path("config.yml")).stdout(Stdio::null()).stderr(log).spawn();
+        let child = child.unwrap_or_else(|e| missing("docker-registry", &e));
         let this = Self { child, host, dir };
         let end = Instant::now() + Duration::from_secs(20);
         while TcpStream::connect(&this.host).is_err() {
@@ -135,7 +136,7 @@ pub fn tar_of(build: impl FnOnce(&Path)) -> Vec<u8> {
 }
 
 fn filter(program: &str, input: &[u8]) -> Vec<u8> {
-    let mut child = Command::new(program).args(["-c"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = Command::new(program).args(["-c"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap_or_else(|e| missing(program, &e));
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
     let feeder = std::thread::spawn(move || stdin.write_all(&input).unwrap());

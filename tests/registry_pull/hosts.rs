@@ -8,7 +8,7 @@ use mesocri::model::Kind;
 use mesocri::provisioner::Images;
 use mesocri::provisioner::config::{Config, Secret};
 
-use crate::fixture::{Compression, OciLayout, Options, Registry, Store, certificate, installed, layer, run, user};
+use crate::fixture::{Compression, OciLayout, Options, Registry, Store, certificate, layer, run, user};
 
 /// A directory as containerd has it, and settings that name it.
 struct Dir(tempfile::TempDir);
@@ -31,9 +31,6 @@ impl Dir {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn authorities_and_client_certificates_are_read_at_each_pull() {
-    if !installed() {
-        return;
-    }
     let ours = tempfile::tempdir().unwrap();
     let file = |name: &str| ours.path().join(name);
     certificate(&file("c.pem"), &file("k.pem"));
@@ -75,9 +72,6 @@ async fn authorities_and_client_certificates_are_read_at_each_pull() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_untrusted_certificate_is_named_and_not_tried_again() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::start(&Options { tls: true, ..Options::default() });
     let dir = Dir::new();
     dir.write("_default", &format!("server = \"https://{}\"\n", registry.host));
@@ -89,9 +83,6 @@ async fn an_untrusted_certificate_is_named_and_not_tried_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mirrors_by_file_and_the_origin_when_they_are_gone() {
-    if !installed() {
-        return;
-    }
     let (mirror, origin) = (Registry::open(), Registry::open());
     let image = OciLayout::simple("a");
     mirror.push(image.path(), "a:1", &[]);
@@ -110,9 +101,6 @@ async fn mirrors_by_file_and_the_origin_when_they_are_gone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_by_document_and_helper() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::start(&Options { htpasswd: true, ..Options::default() });
     registry.push(OciLayout::simple("a").path(), "a:1", &["--dest-creds", "user:secret"]);
     let name = format!("{}/a:1", registry.host);
@@ -144,9 +132,6 @@ fn stored_manifests(registry: &Registry) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn schema_1_as_skopeo_signs_it_and_the_registry_serves_it() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::start(&Options { schema1: true, ..Options::default() });
     let oci = OciLayout::new();
     let layers = [(layer("low", 100), Compression::Gzip), (layer("high", 50_000), Compression::Gzip)];

@@ -1,8 +1,11 @@
-//! Pulls from Debian's `docker-registry`, filled by `skopeo`: compressions, indexes, authentication, TLS. Skipped where the
-//! programs are missing.
+//! Pulls from Debian's `docker-registry`, filled by `skopeo`: compressions, indexes, authentication, TLS; by the store alone, and by
+//! a daemon.
 #![cfg(feature = "daemon")]
 #![allow(clippy::unwrap_used)] // the lint looks away inside #[test] functions only, not in their helpers
 
+#[path = "../common/mod.rs"]
+mod common;
+mod daemon;
 mod fixture;
 mod hosts;
 mod tokens;
@@ -15,13 +18,10 @@ use mesocri::provisioner::config::{Config, Registry as RegistryConfig};
 use mesocri::provisioner::{Credentials, Images, Provisioner, PullEvent};
 use tokio_util::sync::CancellationToken;
 
-use fixture::{Compression, OciLayout, Options, Registry, Store, installed, layer, request};
+use fixture::{Compression, OciLayout, Options, Registry, Store, layer, request};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pulls_every_compression_and_provisions() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::open();
     let oci = OciLayout::new();
     let layers = [
@@ -65,9 +65,6 @@ async fn pulls_every_compression_and_provisions() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_equals_du_and_survives_a_restart() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::open();
     let oci = OciLayout::new();
     let image = oci.image("amd64", &[(layer("a", 3_000_000), Compression::Gzip), (layer("b", 1), Compression::Gzip)]);
@@ -93,9 +90,6 @@ async fn usage_equals_du_and_survives_a_restart() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn chooses_from_an_index() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::open();
     let oci = OciLayout::new();
     let entries: Vec<_> = ["arm64", "amd64"]
@@ -124,9 +118,6 @@ async fn chooses_from_an_index() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn authenticates_over_tls() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::start(&Options { htpasswd: true, tls: true, ..Options::default() });
     let oci = OciLayout::new();
     let image = oci.image("amd64", &[(layer("a", 10), Compression::Gzip)]);
@@ -156,9 +147,6 @@ async fn authenticates_over_tls() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unreachable_and_unknown() {
-    if !installed() {
-        return;
-    }
     let registry = Registry::open();
     let store = Store::new(Config::default()).await;
     let error = store.provisioner.pull(request(&format!("{}/nothing:1", registry.host), None), None, CancellationToken::new()).await.unwrap_err();

@@ -16,7 +16,7 @@ use mesocri::provisioner::config::{Config, Registry as RegistryConfig};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::fixture::{OciLayout, Options, Registry, Store, certificate, installed, user};
+use crate::fixture::{OciLayout, Options, Registry, Store, certificate, user};
 
 /// What came in.
 #[derive(Clone, Debug)]
@@ -169,9 +169,6 @@ fn token(keys: &Path, scope: &str, actions: &[&str], stale: bool) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_password_by_identity_token_and_anonymously() {
-    if !installed() {
-        return;
-    }
     let tokens = TokenServer::start(false, 0);
     let registry = Registry::start(&tokens.options(false));
     for name in ["open", "closed"] {
@@ -203,9 +200,6 @@ async fn by_password_by_identity_token_and_anonymously() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_the_registry_finds_too_old_is_replaced() {
-    if !installed() {
-        return;
-    }
     let tokens = TokenServer::start(false, 1);
     let registry = Registry::start(&tokens.options(false));
     let store = Store::new(Config::default()).await;
@@ -217,9 +211,6 @@ async fn a_token_that_the_registry_finds_too_old_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tls_and_never_from_tls_to_plain() {
-    if !installed() {
-        return;
-    }
     let tokens = TokenServer::start(true, 0);
     let registry = Registry::start(&tokens.options(true));
     let name = format!("{}/open:1", registry.host);
