@@ -181,7 +181,6 @@ async fn a_life_as_a_tree() {
           container.update pod=P container=C
             isolate pod=P container=C
               isolator isolator=recorder pod=P container=C
-            update_task pod=P container=C
           record pod=P container=C
     ";
     assert_eq!(trace.take(&ids), tree(used));
