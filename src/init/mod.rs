@@ -72,23 +72,25 @@ pub trait Line: AsFd + AsRawFd {
     /// The step that failed; what was made until then is gone again, processes are reaped.
     fn hear(&mut self) -> Option<Result<Self::Born, StepError>>;
 
-    /// Gives up on it, without waiting for anything: its processes are killed.
+    /// Gives up on it; its processes are the caller's to end.
     fn abandon(self) -> Remains;
 }
 
 /// What is left of something abandoned.
-#[derive(Debug, Default)]
-pub struct Remains {
-    /// Killed children (pidfds), to be reaped by the caller; they may hang in the kernel for a while.
-    pub processes: Vec<OwnedFd>,
-    cgroup: Option<CgroupRef>,
-}
+#[derive(Debug)]
+pub struct Remains(Option<parent::Birth>);
 
 impl Remains {
-    /// Takes away the cgroup, once the processes are reaped. What cannot be removed is left to the cleaning up after the container.
-    pub fn discard(self) {
-        if let Some(cgroup) = &self.cgroup {
-            parent::discard(cgroup);
+    /// Kills what is known of; the children to reap (pidfds), which may hang in the kernel for a while. One that is dead by then may
+    /// have had a child: to be called until none is left.
+    pub fn kill(&mut self) -> Vec<OwnedFd> {
+        self.0.as_mut().map(parent::Birth::abandon).unwrap_or_default()
+    }
+
+    /// Takes away the cgroup, once nobody is left. What cannot be removed is left to the cleaning up after the container.
+    pub fn discard(mut self) {
+        if let Some(birth) = &mut self.0 {
+            birth.discard();
         }
     }
 }
@@ -132,8 +134,8 @@ impl Line for Creation {
         self.0.hear().map(|born| born.map(Blocked::from))
     }
 
-    fn abandon(mut self) -> Remains {
-        self.0.abandon()
+    fn abandon(self) -> Remains {
+        Remains(Some(self.0))
     }
 }
 
@@ -144,8 +146,8 @@ impl Line for Execution {
         self.0.hear().map(|born| born.map(Executed::from))
     }
 
-    fn abandon(mut self) -> Remains {
-        self.0.abandon()
+    fn abandon(self) -> Remains {
+        Remains(Some(self.0))
     }
 }
 
@@ -250,7 +252,7 @@ impl Line for Opening {
     }
 
     fn abandon(self) -> Remains {
-        Remains::default()
+        Remains(None)
     }
 }
 

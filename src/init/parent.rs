@@ -9,7 +9,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, waitpid};
 
 use super::channel::{self, Heard, Message};
 use super::fault::{Fault, On};
-use super::{CREATE_CGROUP, CgroupRef, CreateRequest, ExecRequest, Gate, Remains, StepError, cgroup, stage1};
+use super::{CREATE_CGROUP, CgroupRef, CreateRequest, ExecRequest, Gate, StepError, cgroup, stage1};
 use crate::sys;
 
 pub(super) fn begin_create(request: CreateRequest) -> Result<Birth, StepError> {
@@ -89,9 +89,14 @@ impl Birth {
 
     /// Listens until it is born or nobody is left to speak; `None` when there is nothing more to hear yet.
     pub(super) fn hear(&mut self) -> Option<Result<Born, StepError>> {
+        if self.listen() { Some(self.end()) } else { None }
+    }
+
+    /// Takes in what was said; whether that is all that had to be.
+    fn listen(&mut self) -> bool {
         while !(self.ready && self.until == Until::Ready) {
             match channel::receive(self.line()) {
-                Ok(Heard::Nothing) => return None,
+                Ok(Heard::Nothing) => return false,
                 Ok(Heard::Message(Message::Spawned { pid, cgroup }, _)) => (self.pid, self.cgroup) = (Some(pid), cgroup),
                 Ok(Heard::Message(Message::Ready, console)) => (self.console, self.ready) = (console, true),
                 // The first failure is the cause; what follows from it is not told.
@@ -103,7 +108,7 @@ impl Birth {
                 }
             }
         }
-        Some(self.end())
+        true
     }
 
     /// Everything was said: stage 1 has ended or is about to.
@@ -139,16 +144,25 @@ impl Birth {
         })
     }
 
-    /// Gives up on it, wherever it is: it may hang in the kernel, so nothing is waited for.
-    pub(super) fn abandon(&mut self) -> Remains {
+    /// Gives up on it, wherever it is: it may hang in the kernel, so nothing is waited for. The children that were killed; more may
+    /// be known of when these are dead.
+    pub(super) fn abandon(&mut self) -> Vec<OwnedFd> {
         self.over = true;
+        self.listen();
         let stage2 = self.pid.take().and_then(raw);
-        let processes = [self.stage1.take(), stage2].into_iter().flatten().filter_map(|pid| {
+        let killed = [self.stage1.take(), stage2].into_iter().flatten().filter_map(|pid| {
             // They are our children and not waited for yet, so the numbers are still their own.
             let _ = rustix::process::kill_process(pid, Signal::KILL);
             rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
         });
-        Remains { processes: processes.collect(), cgroup: self.cgroup.take().map(|path| CgroupRef { path }) }
+        killed.collect()
+    }
+
+    /// Takes away the cgroup of what was abandoned.
+    pub(super) fn discard(&mut self) {
+        if let Some(path) = self.cgroup.take() {
+            cgroup::discard(&path, false);
+        }
     }
 }
 
@@ -159,11 +173,6 @@ impl Drop for Birth {
             self.abandon();
         }
     }
-}
-
-/// Takes away the cgroup of an abandoned process.
-pub(super) fn discard(cgroup: &CgroupRef) {
-    cgroup::discard(&cgroup.path, false);
 }
 
 fn silent() -> StepError {

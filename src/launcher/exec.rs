@@ -43,14 +43,24 @@ impl ShimLauncher {
             Some(path) => Capture::open(path, &room, started)?,
             None => Capture::none(&room, started),
         };
-        let running = Running { client: pod.client.clone(), id: id.as_str().to_owned(), exec_id, armed: true };
-        let mut running = running.start(fifos, exec.terminal, process).await?;
         let timeout = exec.timeout.unwrap_or(Duration::MAX);
+        let overdue = || Error::new(Kind::DeadlineExceeded, format!("exec in container {}: killed after {timeout:?}", id.short()));
+        let mut running = Running { client: pod.client.clone(), id: id.as_str().to_owned(), exec_id, armed: true };
+        // What hangs while it is being set up has run out of its time as well.
+        match tokio::time::timeout(timeout, running.start(&fifos, exec.terminal, process)).await {
+            Ok(started) => started?,
+            Err(_) => {
+                running.kill_and_reap().await?;
+                return Err(overdue());
+            }
+        }
+        // Both sides have them open now.
+        drop(fifos);
         let activity = AtomicU64::new(0);
         let ended = {
             let both = async { tokio::join!(stdout.pump(&activity), stderr.pump(&activity)) };
             let mut both = std::pin::pin!(both);
-            let exit = tokio::time::timeout(timeout, running.wait());
+            let exit = tokio::time::timeout(timeout.saturating_sub(started.elapsed()), running.wait());
             let mut exit = std::pin::pin!(exit);
             let (ended, drained) = tokio::select! {
                 ended = &mut exit => (ended, false),
@@ -63,7 +73,7 @@ impl ShimLauncher {
         };
         let Ok(code) = ended else {
             running.kill_and_reap().await?;
-            return Err(Error::new(Kind::DeadlineExceeded, format!("exec in container {}: killed after {timeout:?}", id.short())));
+            return Err(overdue());
         };
         let code = code?;
         running.forget();
@@ -195,17 +205,9 @@ struct Running {
 }
 
 impl Running {
-    /// Starts it, in a task of its own: a caller that leaves meanwhile must not leave a request behind that the shim answers after
-    /// the kill. When nobody wants the result any more it is dropped, and that kills.
-    async fn start(self, fifos: Fifos, terminal: bool, process: Vec<u8>) -> Result<Self> {
-        let starting = tokio::spawn(async move {
-            // The names go when this ends: both sides have them open then.
-            self.begin(&fifos, terminal, process).await.map(|()| self)
-        });
-        starting.await.map_err(|e| Error::with(Kind::Internal, "start exec", e))?
-    }
-
-    async fn begin(&self, fifos: &Fifos, terminal: bool, process: Vec<u8>) -> Result<()> {
+    /// Starts it. A caller that leaves meanwhile may leave a request behind; the kill goes the same way after it, and the shim starts
+    /// nothing that was killed before.
+    async fn start(&self, fifos: &Fifos, terminal: bool, process: Vec<u8>) -> Result<()> {
         let mut request = api::ExecProcessRequest::new();
         request.id = self.id.clone();
         request.exec_id = self.exec_id.clone();

@@ -57,7 +57,6 @@ pub async fn born<L: Line>(line: L, cancel: &Notify, what: &str) -> Result<L::Bo
     let mut line = AsyncFd::with_interest(line, Interest::READABLE).act("watch", what)?;
     loop {
         tokio::select! {
-            // One that is there is handed over, also to a caller who does not want it: he knows how to end it as a whole.
             biased;
             ready = line.readable_mut() => {
                 let mut ready = ready.act("watch", what)?;
@@ -69,14 +68,25 @@ pub async fn born<L: Line>(line: L, cancel: &Notify, what: &str) -> Result<L::Bo
             () = cancel.notified() => break,
         }
     }
-    tokio::spawn(bury(line.into_inner().abandon()));
+    // One that is there is handed over, also to a caller who does not want it: he knows how to end it as a whole.
+    let mut line = line.into_inner();
+    if let Some(outcome) = line.hear() {
+        return outcome.map_err(step);
+    }
+    tokio::spawn(bury(line.abandon()));
     Err(Error::new(Kind::Cancelled, format!("make {what}: it was ended meanwhile")))
 }
 
 async fn bury(mut remains: Remains) {
-    for pidfd in std::mem::take(&mut remains.processes) {
-        if let Ok(pidfd) = watched(pidfd, Interest::READABLE, "process") {
-            reap(&pidfd).await;
+    loop {
+        let killed = remains.kill();
+        if killed.is_empty() {
+            break;
+        }
+        for pidfd in killed {
+            if let Ok(pidfd) = watched(pidfd, Interest::READABLE, "process") {
+                reap(&pidfd).await;
+            }
         }
     }
     remains.discard();
