@@ -189,11 +189,16 @@ fn what_a_killed_shim_leaves_is_cleaned_up() {
     assert_eq!(Containerd::processes(&seconds).len(), 1);
     let shims = Containerd::processes(&id);
     assert_eq!(shims.len(), 1, "one shim");
+    let bundle = containerd.dir.path().join("state/io.containerd.runtime.v2.task/default").join(&id);
+    let address = std::fs::read_to_string(bundle.join("address")).unwrap();
+    let socket = Path::new(address.strip_prefix("unix://").unwrap());
+    assert!(socket.exists());
     let pid = rustix::process::Pid::from_raw(i32::try_from(shims[0]).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     // containerd runs the shim's delete verb then.
     containerd.until("the container dies with it", |_| Containerd::processes(&seconds).is_empty());
     let cgroup = Path::new("/sys/fs/cgroup/pids/default").join(&id);
     containerd.until("its cgroup goes", |_| !cgroup.exists());
+    containerd.until("its socket goes", |_| !socket.exists());
     containerd.ok(&["containers", "rm", &id]);
 }

@@ -1,8 +1,9 @@
 //! The `delete` verb: cleans up after a shim that was killed, from what it recorded in the bundle, and says how the container
 //! ended (by our hand: nobody else can know). containerd runs it in the bundle and reads a protobuf message.
 
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
@@ -28,6 +29,17 @@ pub fn delete(args: &Args) -> Result<()> {
             response.pid = made.process.map_or(response.pid, |process| process.pid);
         }
     }
+    remove_socket(&bundle)?;
     let bytes = response.write_to_bytes().map_err(|e| Error::with(Kind::Internal, "encode answer", e))?;
     std::io::stdout().write_all(&bytes).act("write", "answer")
+}
+
+/// The socket of the shim that left the bundle, unless somebody serves there: a shim of several containers may live on.
+fn remove_socket(dir: &Path) -> Result<()> {
+    let Ok(address) = std::fs::read_to_string(dir.join(bundle::ADDRESS)) else { return Ok(()) };
+    let Some(socket) = address.trim().strip_prefix("unix://").filter(|socket| UnixStream::connect(socket).is_err()) else { return Ok(()) };
+    match std::fs::remove_file(socket) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).act("remove", socket),
+        _ => Ok(()),
+    }
 }
