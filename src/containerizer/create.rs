@@ -281,6 +281,10 @@ impl Owner {
                 let id = container.id.clone();
                 self.slots.insert(id.clone(), Slot::new(Arc::new(container.clone()), Some(basis)));
                 self.show(container, Some(EventKind::Created));
+                // The sandbox may have ended while it was made; whoever looked after the others then could not see it.
+                if self.pod.phase != PodPhase::Ready {
+                    self.probe_created(id.clone());
+                }
                 Ok(id)
             }
             Err((error, None)) => Err(error),

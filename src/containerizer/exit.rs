@@ -134,21 +134,23 @@ impl Owner {
             return;
         }
         self.not_ready().await;
-        // A created container has no watch, and what held its blocked process may be gone with the sandbox.
         let idle = self.slots.iter().filter(|(_, s)| s.starting.is_none() && matches!(s.container.phase, ContainerPhase::Created { .. }));
-        for id in idle.map(|(id, _)| id.clone()) {
-            let (parts, pod, me) = (self.parts.clone(), self.pod.id.clone(), self.me.clone());
-            let span = step_span!("probe", pod, id);
-            let work = async move {
-                let ended = match parts.limited("ask for task state", parts.launcher.task_state(&pod, &id)).await {
-                    Ok(TaskState::Created { .. } | TaskState::Running { .. }) => return,
-                    Ok(TaskState::Exited { code, at }) => Ended::Process(code, at),
-                    Ok(TaskState::Gone) | Err(_) => Ended::Lost("the sandbox ended before the container was started".to_owned()),
-                };
-                let _ = me.send(Message::Note(Note::Exited(id, ended))).await;
+        idle.for_each(|(id, _)| self.probe_created(id.clone()));
+    }
+
+    /// Asks for a created container whose sandbox has ended: it has no watch, and what held its blocked process may be gone.
+    pub(super) fn probe_created(&self, id: ContainerId) {
+        let (parts, pod, me) = (self.parts.clone(), self.pod.id.clone(), self.me.clone());
+        let span = step_span!("probe", pod, id);
+        let work = async move {
+            let ended = match parts.limited("ask for task state", parts.launcher.task_state(&pod, &id)).await {
+                Ok(TaskState::Created { .. } | TaskState::Running { .. }) => return,
+                Ok(TaskState::Exited { code, at }) => Ended::Process(code, at),
+                Ok(TaskState::Gone) | Err(_) => Ended::Lost("the sandbox ended before the container was started".to_owned()),
             };
-            tokio::spawn(work.instrument(span));
-        }
+            let _ = me.send(Message::Note(Note::Exited(id, ended))).await;
+        };
+        tokio::spawn(work.instrument(span));
     }
 
     /// Records and shows that the pod is ready no more, and frees its name.

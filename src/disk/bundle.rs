@@ -106,8 +106,17 @@ impl Of {
 /// I/O errors with the act and the path.
 pub fn write(bundle: &Path, of: Of, made: &Made) -> Result<()> {
     let path = bundle.join(of.file());
-    let bytes = serde_json::to_vec(made).act("encode", path.display())?;
-    std::fs::write(&path, bytes).act("write", path.display())
+    put(&path, &serde_json::to_vec(made).act("encode", path.display())?)
+}
+
+/// Writes a file of a bundle: whole or not at all, also when the writer is killed half-way; who cleans up after it reads it. No sync.
+///
+/// # Errors
+/// I/O errors with the path.
+pub fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+    let new = path.with_extension("new");
+    std::fs::write(&new, bytes).act("write", new.display())?;
+    std::fs::rename(&new, path).act("rename into place", path.display())
 }
 
 /// Reads what was made; `None` when nothing was recorded.
@@ -167,6 +176,19 @@ impl Stat {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_is_never_seen_half_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = Made { process: None, cgroup: Some("/x".repeat(2000)) };
+        write(dir.path(), Of::Task, &made).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| (0..2000).for_each(|_| write(dir.path(), Of::Task, &made).unwrap()));
+            while !writer.is_finished() {
+                assert_eq!(read(dir.path(), Of::Task).unwrap().as_ref(), Some(&made));
+            }
+        });
+    }
 
     #[test]
     fn stat_survives_hostile_names() {

@@ -7,8 +7,7 @@ use crate::disk::bundle::{self, CONFIG, Made, Of};
 use crate::model::error::{Act, Error, Result};
 use crate::model::plan::{EXTRAS_FILE, Extras, LaunchPlan};
 
-/// Makes the directory and writes the plan into it. Plain writes: a bundle is read only after this returned, and a crashed
-/// daemon throws half-made bundles away.
+/// Makes the directory and writes the plan into it. No sync: a restart of the machine ends all that a bundle is for.
 ///
 /// # Errors
 /// I/O errors with the path; nothing is left behind.
@@ -31,10 +30,10 @@ pub fn make_dir(dir: &Path) -> Result<()> {
 fn write_into(dir: &Path, plan: &LaunchPlan) -> Result<()> {
     make_dir(dir)?;
     let config = dir.join(CONFIG);
-    std::fs::write(&config, serde_json::to_vec(&plan.spec).act("encode", config.display())?).act("write", config.display())?;
+    bundle::put(&config, &serde_json::to_vec(&plan.spec).act("encode", config.display())?)?;
     if plan.extras != Extras::default() {
         let extras = dir.join(EXTRAS_FILE);
-        std::fs::write(&extras, serde_json::to_vec(&plan.extras).act("encode", extras.display())?).act("write", extras.display())?;
+        bundle::put(&extras, &serde_json::to_vec(&plan.extras).act("encode", extras.display())?)?;
     }
     // Where foreign runtimes mount the root filesystem; ours mounts inside the container's own mount namespace.
     let rootfs = dir.join("rootfs");

@@ -176,7 +176,7 @@ pub fn attach_log(pod: &Pod, id: &ContainerId, dir: &Path, io: &TaskIo) -> Resul
         return Ok((String::new(), String::new()));
     }
     let record = dir.join(IO);
-    std::fs::write(&record, serde_json::to_vec(io).act("encode", "streams")?).act("write", record.display())?;
+    crate::disk::bundle::put(&record, &serde_json::to_vec(io).act("encode", "streams")?)?;
     let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
     exec::make_fifo(&dir.join("stdout"))?;
     if !io.terminal {

@@ -63,7 +63,7 @@ pub fn start(args: &Args) -> Result<()> {
 
 /// Prints the address, and leaves it in the bundle, which is the working directory: containerd finds the shim again by this file.
 fn announce(address: &str) -> Result<()> {
-    std::fs::write(bundle::ADDRESS, address).act("write", bundle::ADDRESS)?;
+    bundle::put(Path::new(bundle::ADDRESS), address.as_bytes())?;
     let mut out = std::io::stdout();
     out.write_all(address.as_bytes()).and_then(|()| out.flush()).act("write", "address")
 }

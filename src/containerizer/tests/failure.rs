@@ -283,3 +283,20 @@ async fn creations_queued_behind_a_slow_one_are_refused_when_the_pod_is_stopped(
     bench.engine.remove_pod(pod.as_str()).await.unwrap();
     bench.assert_empty();
 }
+
+#[tokio::test]
+async fn a_container_that_is_made_while_its_sandbox_ends_is_reported_ended() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    bench.world.hold("isolate");
+    let (engine, in_pod) = (bench.engine.clone(), pod.clone());
+    let making = tokio::spawn(async move { engine.create_container(in_pod.as_str(), container_spec("c")).await });
+    bench.world.reached("isolate", 1).await;
+    bench.world.kill_shim(&pod);
+    bench.until(|| (bench.engine.pod(pod.as_str()).unwrap().phase == PodPhase::NotReady).then_some(())).await;
+    bench.world.open("isolate");
+    let id = making.await.unwrap().unwrap();
+    assert_eq!(bench.exited(&id).await, (255, "ShimLost".to_owned()));
+    bench.engine.remove_pod(pod.as_str()).await.unwrap();
+    bench.assert_empty();
+}
