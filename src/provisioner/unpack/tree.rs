@@ -405,9 +405,9 @@ impl Sink for Tree {
     fn opaque(&mut self, dir: &[u8]) -> Result<()> {
         self.marks = true;
         self.open_parent(dir)?;
-        if dir.is_empty() {
-            self.opaque_root = true;
-        }
+        // By what it is: links of the layer's own may lead to the root as well.
+        let (here, root) = (rustix::fs::fstat(self.at()).act("stat", show(dir))?, rustix::fs::fstat(&self.root).act("stat", "root of the layer")?);
+        self.opaque_root |= (here.st_dev, here.st_ino) == (root.st_dev, root.st_ino);
         set_opaque(self.at(), b".")
     }
 
