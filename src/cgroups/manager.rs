@@ -256,6 +256,13 @@ impl Manager {
         }
     }
 
+    /// Lets the group go with the last group below it, as a parent that [`Manager::create`] had to make does.
+    pub fn mark_removable(&self) {
+        for hierarchy in self.host.hierarchies() {
+            mark(&hierarchy.dir(&self.path));
+        }
+    }
+
     /// Names of the groups directly below, on any hierarchy.
     ///
     /// # Errors
@@ -354,8 +361,7 @@ impl Manager {
                 return Ok(Made::ParentVanished);
             }
             if made.len() > before && at != dir {
-                // Without extended attributes (a mount that lacks them) the parent just stays.
-                let _ = rustix::fs::setxattr(&at, MARK, b"1", XattrFlags::empty());
+                mark(&at);
             }
         }
         Ok(Made::All)
@@ -410,6 +416,11 @@ fn make_dir(dir: &Path, made: &mut Vec<PathBuf>) -> Result<Made> {
         Err(e) => return Err(e).act("create cgroup", dir.display()),
     }
     Ok(Made::All)
+}
+
+/// Marks a group as one to remove when it is empty. Without extended attributes (a mount that lacks them) it just stays.
+fn mark(dir: &Path) {
+    let _ = rustix::fs::setxattr(dir, MARK, b"1", XattrFlags::empty());
 }
 
 /// Removes the groups above `dir` that we made on the way and that are empty now. A failure means: still used.

@@ -252,6 +252,8 @@ mod tests {
         let mut walks = wait(|walks| walks.2 > 0);
         walks.0 -= 1;
         walks.2 -= 1;
+        drop(walks);
+        CHANGED.notify_all();
         Ok(FsUsage { bytes: 7, inodes: 1 })
     }
 

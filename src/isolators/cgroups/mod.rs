@@ -97,9 +97,13 @@ impl Cgroups {
         std::fs::write(&note, &self.config.default_parent).act("write", note.display())
     }
 
-    fn remove_own_parent(&self) -> Result<()> {
+    /// Sees to it that the parent we made goes with the last pod in it: now, or later by its mark, which a crash may have
+    /// left out.
+    fn claim_own_parent(&self) -> Result<()> {
         if std::fs::read_to_string(self.layout.own_cgroup_parent()).is_ok_and(|noted| noted == self.config.default_parent) {
-            self.manager(&self.config.default_parent)?.remove_if_empty();
+            let parent = self.manager(&self.config.default_parent)?;
+            parent.mark_removable();
+            parent.remove_if_empty();
         }
         Ok(())
     }
@@ -381,7 +385,7 @@ impl Isolator for Cgroups {
 
     async fn recover(&self, known: &[PodId]) -> Result<()> {
         self.recover_groups(known).await?;
-        self.remove_own_parent()?;
+        self.claim_own_parent()?;
         if self.config.driver == Driver::Systemd { self.recover_scopes(known).await } else { Ok(()) }
     }
 }

@@ -20,6 +20,7 @@ impl Case {
     fn with(name: &str, driver: Driver) -> Self {
         let mut bench = Bench::new();
         bench.pod_id = PodId::random();
+        std::fs::create_dir_all(&bench.deps.layout.state).unwrap();
         let config = Config { driver, default_parent: format!("/mesocri-test-{}-{name}", std::process::id()) };
         let isolator = Cgroups::new(config, &bench.deps, Host::get().unwrap()).unwrap();
         Self { bench, isolator }
@@ -128,6 +129,31 @@ async fn recovery_ends_only_our_own_unknown_pods() {
     for mut child in children {
         child.wait().unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_parent_made_before_a_crash_goes_with_its_last_pod() {
+    let case = Case::new("crash");
+    case.bench.prepare_sandbox(&case.isolator).await.unwrap();
+    // The daemon died between making the parent on one hierarchy and marking it there.
+    let host = Host::get().unwrap();
+    let dir = host.hierarchies()[0].root.join(case.parent().path().trim_start_matches('/'));
+    rustix::fs::removexattr(&dir, "trusted.mesocri").unwrap();
+    let again = Cgroups::new(case.isolator.config.clone(), &case.bench.deps, host.clone()).unwrap();
+    again.recover(std::slice::from_ref(&case.bench.pod_id)).await.unwrap();
+    assert!(dir.is_dir(), "a pod is in it");
+    again.cleanup(&case.bench.pod_id, &case.bench.pod, None).await.unwrap();
+    assert!(!case.parent().exists());
+
+    // One that was there before the first start is an administrator's.
+    let admins = Manager::create(case.parent().path()).unwrap();
+    std::fs::remove_file(case.bench.deps.layout.own_cgroup_parent()).unwrap();
+    let again = Cgroups::new(case.isolator.config.clone(), &case.bench.deps, host).unwrap();
+    again.recover(&[]).await.unwrap();
+    case.bench.prepare_sandbox(&again).await.unwrap();
+    again.cleanup(&case.bench.pod_id, &case.bench.pod, None).await.unwrap();
+    assert!(admins.exists());
+    admins.delete().unwrap();
 }
 
 #[tokio::test]
