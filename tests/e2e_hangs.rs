@@ -6,14 +6,19 @@
 mod common;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::cri::{code, pod, shell};
 use common::{Node, host};
 use mesocri::wire::cri as api;
 use nix::mount::{MntFlags, MsFlags};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::Code;
@@ -21,25 +26,131 @@ use tonic::Code;
 /// Longer than any healthy answer here, shorter than what a hang would take.
 const SOON: Duration = Duration::from_secs(20);
 
-/// A file system whose server never answers: whoever looks into it waits until he is killed.
+/// A file system whose server never answers.
 struct DeadServer {
     at: PathBuf,
-    _device: File,
+    /// Ended by the end of the other side.
+    reader: Option<(JoinHandle<()>, UnixStream)>,
+    /// With the last descriptor of it the kernel gives up all requests.
+    _device: Arc<File>,
 }
 
 impl DeadServer {
+    /// One that does not even read requests: whoever looks into it waits until he is killed.
     fn mount(at: &Path) -> Self {
         let device = File::options().read(true).write(true).open("/dev/fuse").unwrap();
         let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
         nix::mount::mount(Some("dead"), at, Some("fuse"), MsFlags::empty(), Some(options.as_str())).unwrap();
-        Self { at: at.to_owned(), _device: device }
+        Self { at: at.to_owned(), reader: None, _device: Arc::new(device) }
+    }
+
+    /// One that reads them: whoever looks into it cannot be killed either, until the server is dropped.
+    fn mount_reading(at: &Path) -> Self {
+        let mut server = Self::mount(at);
+        let (end, seen) = UnixStream::pair().unwrap();
+        let device = server._device.clone();
+        server.reader = Some((std::thread::spawn(move || read_requests(&device, &seen)), end));
+        server
+    }
+}
+
+/// Answers the first request, without which the kernel hands out no other, and none of the others.
+fn read_requests(device: &File, end: &UnixStream) {
+    /// Smallest buffer that the kernel takes, and largest write it may send.
+    const BUFFER: usize = 8192;
+    let mut request = [0; BUFFER];
+    let mut answered = false;
+    loop {
+        let mut fds = [PollFd::new(device.as_fd(), PollFlags::POLLIN), PollFd::new(end.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, PollTimeout::NONE).unwrap();
+        if fds[1].any().unwrap() {
+            return;
+        }
+        // The mount may be gone.
+        if (&*device).read(&mut request).is_err() {
+            return;
+        }
+        if !std::mem::replace(&mut answered, true) {
+            // fuse_out_header: length, error, and the request's own number; then fuse_init_out: version 7.31, no features, largest write.
+            let mut answer = [0u8; 16 + 64];
+            answer[..4].copy_from_slice(&80u32.to_ne_bytes());
+            answer[8..16].copy_from_slice(&request[8..16]);
+            for (at, value) in [(16, 7u32), (20, 31), (36, 4096)] {
+                answer[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+            }
+            (&*device).write_all(&answer).unwrap();
+        }
     }
 }
 
 impl Drop for DeadServer {
     fn drop(&mut self) {
         let _ = nix::mount::umount2(&self.at, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        if let Some((reader, end)) = self.reader.take() {
+            drop(end);
+            let _ = reader.join();
+        }
     }
+}
+
+/// A directory that is shared with containers, with a place `work` in it where something can be mounted while they run.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn make(node: &Node) -> Self {
+        let volume = node.root().join("volume");
+        std::fs::create_dir_all(volume.join("work")).unwrap();
+        host::run("mount", &["--bind", volume.to_str().unwrap(), volume.to_str().unwrap()]);
+        host::run("mount", &["--make-shared", volume.to_str().unwrap()]);
+        Self(volume)
+    }
+
+    fn work(&self) -> PathBuf {
+        self.0.join("work")
+    }
+
+    /// A container that works there.
+    fn container(&self, name: &str, script: &str) -> api::ContainerConfig {
+        let mut config = shell(name, script);
+        config.working_dir = "/volume/work".to_owned();
+        config.mounts.push(api::Mount {
+            container_path: "/volume".to_owned(),
+            host_path: self.0.to_string_lossy().into_owned(),
+            propagation: api::MountPropagation::PropagationHostToContainer.into(),
+            ..Default::default()
+        });
+        config
+    }
+
+    fn unmount(self) {
+        host::run("umount", &[self.0.to_str().unwrap()]);
+    }
+}
+
+/// An ExecSync without a time limit, in the background.
+fn exec_true(node: &Node, container: &str) -> tokio::task::JoinHandle<Result<tonic::Response<api::ExecSyncResponse>, tonic::Status>> {
+    exec_true_within(node, container, 0)
+}
+
+fn exec_true_within(node: &Node, container: &str, timeout: i64) -> tokio::task::JoinHandle<Result<tonic::Response<api::ExecSyncResponse>, tonic::Status>> {
+    let (mut runtime, container_id) = (node.runtime(), container.to_owned());
+    tokio::spawn(async move { runtime.exec_sync(api::ExecSyncRequest { container_id, cmd: vec!["true".to_owned()], timeout }).await })
+}
+
+/// The pod's containers see each other's processes.
+fn share_processes(security: Option<&mut api::NamespaceOption>) {
+    security.unwrap().pid = api::NamespaceMode::Pod.into();
+}
+
+fn shared_pod(node: &Node, name: &str) -> api::PodSandboxConfig {
+    let mut config = pod(node, name);
+    share_processes(config.linux.as_mut().and_then(|l| l.security_context.as_mut()).and_then(|s| s.namespace_options.as_mut()));
+    config
+}
+
+fn shared(mut config: api::ContainerConfig) -> api::ContainerConfig {
+    share_processes(config.linux.as_mut().and_then(|l| l.security_context.as_mut()).and_then(|s| s.namespace_options.as_mut()));
+    config
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -48,28 +159,14 @@ async fn a_command_that_hangs_in_the_kernel_holds_up_nobody_else() {
     node.pull().await;
     let config = pod(&node, "hang");
     let id = node.run_pod(&config).await.unwrap();
-    let volume = node.root().join("volume");
-    std::fs::create_dir_all(volume.join("work")).unwrap();
-    host::run("mount", &["--bind", volume.to_str().unwrap(), volume.to_str().unwrap()]);
-    host::run("mount", &["--make-shared", volume.to_str().unwrap()]);
-    let mut stuck = shell("stuck", "exec sleep 1000");
-    stuck.working_dir = "/volume/work".to_owned();
-    stuck.mounts.push(api::Mount {
-        container_path: "/volume".to_owned(),
-        host_path: volume.to_string_lossy().into_owned(),
-        propagation: api::MountPropagation::PropagationHostToContainer.into(),
-        ..Default::default()
-    });
-    let stuck = node.launch(&id, &config, &stuck).await;
+    let volume = Volume::make(&node);
+    let stuck = node.launch(&id, &config, &volume.container("stuck", "exec sleep 1000")).await;
     let free = node.launch(&id, &config, &shell("free", "n=0; while :; do n=$((n+1)); echo $n; sleep 0.02; done")).await;
     assert_eq!(node.exec(&stuck, "pwd", 10).await.unwrap().1, "/volume/work\n");
 
-    let dead = DeadServer::mount(&volume.join("work"));
+    let dead = DeadServer::mount(&volume.work());
     let begun = Instant::now();
-    let hanging = {
-        let (mut runtime, container_id) = (node.runtime(), stuck.clone());
-        tokio::spawn(async move { runtime.exec_sync(api::ExecSyncRequest { container_id, cmd: vec!["true".to_owned()], timeout: 2 }).await })
-    };
+    let hanging = exec_true_within(&node, &stuck, 2);
     host::wait_until("a command hangs in the dead file system", waits_for_dead_server);
     let log = node.status(&free).await.unwrap().log_path;
     let lines = || std::fs::read_to_string(&log).unwrap().lines().count();
@@ -85,10 +182,7 @@ async fn a_command_that_hangs_in_the_kernel_holds_up_nobody_else() {
     host::wait_until("the command is dead", || !waits_for_dead_server());
 
     // And with one under way everything can be stopped and removed.
-    let hanging = {
-        let (mut runtime, container_id) = (node.runtime(), stuck.clone());
-        tokio::spawn(async move { runtime.exec_sync(api::ExecSyncRequest { container_id, cmd: vec!["true".to_owned()], timeout: 0 }).await })
-    };
+    let hanging = exec_true(&node, &stuck);
     host::wait_until("a second command hangs", waits_for_dead_server);
     let begun = Instant::now();
     node.stop_container(&stuck, 1).await.unwrap();
@@ -96,15 +190,55 @@ async fn a_command_that_hangs_in_the_kernel_holds_up_nobody_else() {
     node.remove_all_pods().await;
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     drop(dead);
-    host::run("umount", &[volume.to_str().unwrap()]);
+    volume.unmount();
     node.finish();
 }
 
-/// Whether a process that is being made sleeps in FUSE.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_does_not_die_holds_up_nobody_but_its_container() {
+    let node = Node::start().await;
+    node.pull().await;
+    let config = shared_pod(&node, "undying");
+    let id = node.run_pod(&config).await.unwrap();
+    let volume = Volume::make(&node);
+    let stuck = node.launch(&id, &config, &shared(volume.container("stuck", "exec sleep 1000"))).await;
+    let free = node.launch(&id, &config, &shared(shell("free", "exec sleep 1000"))).await;
+    let dead = DeadServer::mount_reading(&volume.work());
+    let hanging = exec_true(&node, &stuck);
+    host::wait_until("a command hangs in the dead file system", waits_for_dead_server);
+
+    node.stop_container(&stuck, 1).await.unwrap();
+    let removal = {
+        let (mut runtime, container_id) = (node.runtime(), stuck.clone());
+        tokio::spawn(async move { runtime.remove_container(api::RemoveContainerRequest { container_id }).await })
+    };
+    let mut answers = 0;
+    while !removal.is_finished() {
+        let begun = Instant::now();
+        assert_eq!(node.exec(&free, "echo here", 10).await.unwrap().1, "here\n");
+        assert!(begun.elapsed() < Duration::from_secs(2), "another container waited {:?}", begun.elapsed());
+        answers += 1;
+    }
+    assert!(answers > 1, "the removal was to take a while");
+    let refused = removal.await.unwrap().unwrap_err();
+    assert!(refused.message().contains("do not die"), "{refused}");
+    assert!(waits_for_dead_server(), "it was to hang");
+    assert!(hanging.await.unwrap().is_err());
+
+    drop(dead);
+    host::wait_until("the command is dead", || !waits_for_dead_server());
+    node.remove_container(&stuck).await.unwrap();
+    node.remove_all_pods().await;
+    volume.unmount();
+    node.finish();
+}
+
+/// Whether a process that a shim of this node is making sleeps in FUSE.
 fn waits_for_dead_server() -> bool {
+    let shims = host::shims();
     std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
-        let stack = std::fs::read_to_string(entry.path().join("stack")).unwrap_or_default();
-        stack.contains("fuse_") && std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.contains("mesocri") || comm.contains("shim"))
+        let read = |file: &str| std::fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+        read("stack").contains("fuse_") && parent(&read("stat")).is_some_and(|parent| shims.contains(&parent))
     })
 }
 
@@ -137,6 +271,9 @@ async fn a_shim_that_hangs_is_ended_with_its_pod() {
 }
 
 fn parent_of(pid: u32) -> i32 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(1).unwrap().parse().unwrap()
+    parent(&std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap()).unwrap()
+}
+
+fn parent(stat: &str) -> Option<i32> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }

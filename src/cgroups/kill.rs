@@ -1,7 +1,10 @@
 //! Ending and suspending all processes of a group.
 //!
 //! v2 does both itself (`cgroup.kill`, `cgroup.freeze`), and a hybrid host's v2 hierarchy is used too. v1 sends SIGKILL to all
-//! until none is left, and freezes the group from the second round on, so that a fork bomb cannot outrun the loop.
+//! until nobody new is found, and freezes the group from the second round on, so that a fork bomb cannot outrun the loop.
+//!
+//! Each act comes in two forms: steps that wait for nothing ([`Manager::strike`], [`Manager::remove_step`]), for a caller with one
+//! thread and others to look after, and the whole ([`Manager::kill`]), made of the same steps, for one that may wait.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,6 +32,17 @@ const REMOVE_LIMIT: Duration = Duration::from_secs(5);
 const V1_STEP: Duration = Duration::from_millis(1);
 /// Processes waited for at once; more wait for the next round.
 const POLLED: usize = 64;
+/// Looks for new processes in one strike. From the second on the group is being frozen, so that a few are enough.
+const LOOKS: usize = 16;
+/// Processes that an error names.
+const NAMED: usize = 5;
+
+/// What a strike by list has found and killed.
+struct Struck {
+    pids: Vec<u32>,
+    /// Of some of them, to wait for their ends.
+    pidfds: Vec<OwnedFd>,
+}
 
 impl Manager {
     /// Kills every process of the group and its sub-groups and returns when none is left. They may still be zombies of their
@@ -41,55 +55,70 @@ impl Manager {
         if let Some(group) = self.struck_by_kernel() {
             wait_event(&group, "populated", 0, Instant::now() + EVENT_LIMIT);
         }
-        for round in 0.. {
-            let pids = self.procs_anywhere()?;
+        loop {
+            let Struck { pids, pidfds } = self.strike_each()?;
             if pids.is_empty() {
-                break;
+                return Ok(());
             }
             if Instant::now() >= deadline {
-                let some: Vec<String> = pids.iter().take(5).map(u32::to_string).collect();
-                return Err(Error::new(
-                    Kind::DeadlineExceeded,
-                    format!("kill cgroup {}: {} processes do not die, among them {}", self.path, pids.len(), some.join(" ")),
-                ));
+                return Err(self.undying(Kind::DeadlineExceeded, "kill cgroup", &pids));
             }
-            if round == 1 {
-                let _ = self.freeze();
-            }
-            let killed = kill_all(&pids);
-            self.thaw_v1();
-            if self.host.locate(Controller::Freezer).is_some_and(|h| h.version == Version::V2) {
-                let _ = self.thaw();
-            }
-            wait_gone(&killed, deadline);
+            wait_gone(&pidfds, deadline);
         }
-        Ok(())
     }
 
-    /// Kills every process as [`Manager::kill`] does, but without waiting where the kernel kills a whole group at once (v2 since
-    /// 5.14, also beside v1). A process that has left that group and stayed in one of v1 is found by [`Manager::remove`].
+    /// Sends SIGKILL to every process of the group and its sub-groups, and to those born meanwhile, and waits for none to end. Where
+    /// the kernel kills a whole group at once (v2 since 5.14, also beside v1), a process that has left that group and stayed in one of
+    /// v1 is found by [`Manager::remove_step`]. A group that does not exist is fine.
     ///
     /// # Errors
-    /// As [`Manager::kill`].
+    /// I/O errors.
     pub fn strike(&self) -> Result<()> {
         match self.struck_by_kernel() {
             Some(_) => Ok(()),
-            None => self.kill(),
+            None => self.strike_each().map(drop),
         }
     }
 
-    /// [`Manager::delete`] for a group in which processes may be left: they are looked for, and killed, only if it is in use.
+    /// A step towards the end of the group that waits for nothing: removes it, and kills what is in the way. `None` when it is gone
+    /// from every hierarchy; otherwise why not (`FailedPrecondition`), and the caller tries again a moment later.
     ///
     /// # Errors
-    /// As [`Manager::kill`] and [`Manager::delete`].
-    pub fn remove(&self) -> Result<()> {
-        match self.delete() {
-            Err(e) if e.kind == Kind::FailedPrecondition => {
-                self.kill()?;
-                self.delete()
+    /// What trying again does not change.
+    pub fn remove_step(&self) -> Result<Option<Error>> {
+        let Some(used) = self.try_delete()? else { return Ok(None) };
+        let _ = self.struck_by_kernel();
+        let Struck { pids, .. } = self.strike_each()?;
+        // Nobody to be named: they died just now.
+        Ok(Some(if pids.is_empty() { used } else { self.undying(Kind::FailedPrecondition, "remove cgroup", &pids) }))
+    }
+
+    fn undying(&self, kind: Kind, act: &str, pids: &[u32]) -> Error {
+        let some: Vec<String> = pids.iter().take(NAMED).map(u32::to_string).collect();
+        Error::new(kind, format!("{act} {}: {} processes do not die, among them {}", self.path, pids.len(), some.join(" ")))
+    }
+
+    /// SIGKILL to all that any hierarchy lists, and to those born while the list was read.
+    fn strike_each(&self) -> Result<Struck> {
+        let mut struck = Struck { pids: Vec::new(), pidfds: Vec::new() };
+        for look in 0..LOOKS {
+            let listed = self.procs_anywhere()?;
+            let new: Vec<u32> = listed.into_iter().filter(|pid| struck.pids.binary_search(pid).is_err()).collect();
+            if new.is_empty() {
+                break;
             }
-            result => result,
+            if look == 1 {
+                self.ask_frozen(true);
+            }
+            kill_all(&new, &mut struck.pidfds);
+            struck.pids.extend(new);
+            struck.pids.sort_unstable();
         }
+        if !struck.pids.is_empty() {
+            // Also one that was frozen before: only then does v1 let it die.
+            self.ask_frozen(false);
+        }
+        Ok(struck)
     }
 
     /// The v2 group if the kernel has killed all in it (and below): kernels before 5.14 have no `cgroup.kill`.
@@ -134,6 +163,14 @@ impl Manager {
         }
     }
 
+    /// Asks the freezer, if there is one, and does not wait until it has obeyed.
+    fn ask_frozen(&self, frozen: bool) {
+        if let Ok((group, version)) = self.freezer() {
+            let (file, value) = freezer_word(version, frozen);
+            let _ = group.try_write(file, value);
+        }
+    }
+
     fn freezer(&self) -> Result<(Group, Version)> {
         // v1 first: on a hybrid host that is where other tools look for the state.
         let hierarchy = self
@@ -146,19 +183,19 @@ impl Manager {
     fn set_frozen(&self, frozen: bool) -> Result<()> {
         let (group, version) = self.freezer()?;
         let deadline = Instant::now() + FREEZE_LIMIT;
+        let (file, word) = freezer_word(version, frozen);
         match version {
             Version::V2 => {
-                group.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
+                group.write(file, word)?;
                 if wait_event(&group, "frozen", u64::from(frozen), deadline) {
                     return Ok(());
                 }
             }
             Version::V1 => {
-                let state = if frozen { "FROZEN" } else { "THAWED" };
                 let mut reader = Reader::default();
                 loop {
-                    group.write("freezer.state", state)?;
-                    if reader.must(&group, "freezer.state")?.trim() == state {
+                    group.write(file, word)?;
+                    if reader.must(&group, file)?.trim() == word {
                         return Ok(());
                     }
                     if Instant::now() >= deadline {
@@ -167,7 +204,7 @@ impl Manager {
                     pause();
                 }
                 if frozen {
-                    let _ = group.try_write("freezer.state", "THAWED");
+                    self.ask_frozen(false);
                 }
             }
         }
@@ -175,9 +212,19 @@ impl Manager {
     }
 }
 
-/// SIGKILL to all, by pidfd, so that a number used again is never hit after the wait began. Those that could be opened come back.
-fn kill_all(pids: &[u32]) -> Vec<OwnedFd> {
-    let mut killed = Vec::new();
+/// File of the freezer, and what to write there.
+fn freezer_word(version: Version, frozen: bool) -> (&'static str, &'static str) {
+    match (version, frozen) {
+        (Version::V1, true) => ("freezer.state", "FROZEN"),
+        (Version::V1, false) => ("freezer.state", "THAWED"),
+        (Version::V2, true) => ("cgroup.freeze", "1"),
+        (Version::V2, false) => ("cgroup.freeze", "0"),
+    }
+}
+
+/// SIGKILL to all, by pidfd, so that a number used again is never hit after the wait began. Some of those that could be opened are
+/// added to `killed`.
+fn kill_all(pids: &[u32], killed: &mut Vec<OwnedFd>) {
     for pid in pids {
         let Some(pid) = i32::try_from(*pid).ok().and_then(Pid::from_raw) else { continue };
         if let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) {
@@ -187,7 +234,6 @@ fn kill_all(pids: &[u32]) -> Vec<OwnedFd> {
             }
         }
     }
-    killed
 }
 
 /// Waits until the processes have ended, or a little while when there is nothing to wait for.

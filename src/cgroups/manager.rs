@@ -235,10 +235,31 @@ impl Manager {
     /// # Errors
     /// `FailedPrecondition` naming the directory and some of the processes in it. Goes on to the other hierarchies first.
     pub fn delete(&self) -> Result<()> {
+        self.delete_by(|hierarchy| self.delete_in(hierarchy))
+    }
+
+    /// [`Manager::delete`] that waits for nobody: `None` when the group is gone, otherwise why it is still used.
+    pub(super) fn try_delete(&self) -> Result<Option<Error>> {
+        let mut used = None;
+        self.delete_by(|hierarchy| {
+            let group = self.group(hierarchy);
+            match remove_group(group.dir()) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    used.get_or_insert_with(|| still_used(&group, "remove cgroup", e));
+                    Ok(Removed::No)
+                }
+                result => result.act("remove cgroup", group.dir().display()).map(|()| Removed::Yes),
+            }
+        })?;
+        Ok(used)
+    }
+
+    fn delete_by(&self, mut delete: impl FnMut(&Hierarchy) -> Result<Removed>) -> Result<()> {
         let mut first = None;
         for hierarchy in self.host.hierarchies() {
-            match self.delete_in(hierarchy) {
-                Ok(()) => remove_marked_parents(hierarchy, &hierarchy.dir(&self.path)),
+            match delete(hierarchy) {
+                Ok(Removed::Yes) => remove_marked_parents(hierarchy, &hierarchy.dir(&self.path)),
+                Ok(Removed::No) => {}
                 Err(e) => first = first.or(Some(e)),
             }
         }
@@ -367,16 +388,16 @@ impl Manager {
         Ok(Made::All)
     }
 
-    fn delete_in(&self, hierarchy: &Hierarchy) -> Result<()> {
-        let dir = hierarchy.dir(&self.path);
-        // Nearly always a leaf without processes: one system call.
-        match rustix::fs::rmdir(&dir) {
-            Ok(()) | Err(Errno::NOENT) => return Ok(()),
-            Err(_) => {}
-        }
+    fn delete_in(&self, hierarchy: &Hierarchy) -> Result<Removed> {
         let group = self.group(hierarchy);
-        super::kill::until_removed(&group, hierarchy.version, || remove_tree(&dir))
+        super::kill::until_removed(&group, hierarchy.version, || remove_group(group.dir())).map(|()| Removed::Yes)
     }
+}
+
+/// Whether a group is gone from a hierarchy.
+enum Removed {
+    Yes,
+    No,
 }
 
 /// A group on all v1 hierarchies, to be joined by the process itself.
@@ -506,6 +527,14 @@ fn populated_below(group: &Group, depth: usize) -> Option<Group> {
         let has_some = reader.read(&child, "cgroup.procs").ok().flatten().is_some_and(|t| !t.is_empty());
         if has_some { Some(child) } else { populated_below(&child, depth + 1) }
     })
+}
+
+/// Removes a group and everything below. Nearly always it is a leaf without processes: one system call.
+fn remove_group(dir: &Path) -> io::Result<()> {
+    match rustix::fs::rmdir(dir) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(_) => remove_tree(dir),
+    }
 }
 
 /// Removes a group and everything below, deepest first. Descriptors, not paths, so that a container cannot make it too long.

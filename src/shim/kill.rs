@@ -1,10 +1,18 @@
 //! Ending more than one process: an exec with all it started, a list, or what a bundle recorded.
+//!
+//! While the shim serves, nothing here waits for a process with the thread: signals are sent, and [`until_gone`] looks for what
+//! became of it between other work. Only [`recorded`] waits; it is for a program that has nothing else to do.
 
 use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::Interest;
+use tokio::time::Instant;
 
-use super::process::Process;
+use super::io::watched;
+use super::process::{Process, reap};
 use crate::cgroups::Manager;
 use crate::disk::bundle::{Made, Stat};
 use crate::init::CgroupRef;
@@ -13,6 +21,40 @@ use crate::model::error::{Act, Error, Kind, Result};
 /// A process may start others while they are being killed; each round catches those. A program that outruns this many
 /// rounds is a fork bomb, and the container's process limit is the defence against that.
 const ROUNDS: usize = 16;
+
+/// A killed process is gone within this time unless it hangs in the kernel, or has very much memory to give back. The daemon asks
+/// twice, and twice this is less than it waits for an answer: so it hears which process it is.
+pub const DEATH_LIMIT: Duration = Duration::from_secs(4);
+/// Pauses between two looks at a group whose processes die; the first is as long as a death nearly always takes. Not all groups
+/// tell when they are empty (v1 does not), and where nothing dies for seconds some looks cost less than knowing at once is worth.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(64);
+
+/// Repeats `step` until nothing is in its way. It must not wait; what is still in the way after [`DEATH_LIMIT`] is the error.
+///
+/// # Errors
+/// From `step`.
+pub async fn until_gone(mut step: impl FnMut() -> Result<Option<Error>>) -> Result<()> {
+    let deadline = Instant::now() + DEATH_LIMIT;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match step()? {
+            None => return Ok(()),
+            Some(e) if Instant::now() >= deadline => return Err(e),
+            Some(_) => {}
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+}
+
+/// Kills a child that nobody watches, and reaps it whenever the kernel lets go of it.
+pub async fn stray(pidfd: OwnedFd) {
+    let _ = crate::sys::daemon::signal(pidfd.as_fd(), libc::SIGKILL);
+    if let Ok(pidfd) = watched(pidfd, Interest::READABLE, "process") {
+        reap(&pidfd).await;
+    }
+}
 
 /// Kills an exec and all it started: its session, and the descendants that made sessions of their own, found inside the
 /// container's cgroup.
@@ -67,7 +109,7 @@ pub fn each(pids: &[u32], signal: i32) -> Result<()> {
     for pid in pids {
         let Some(raw) = i32::try_from(*pid).ok().and_then(Pid::from_raw) else { continue };
         match pidfd_open(raw, PidfdFlags::empty()) {
-            Ok(pidfd) => crate::sys::daemon::signal(std::os::fd::AsFd::as_fd(&pidfd), signal).act("signal process", pid)?,
+            Ok(pidfd) => crate::sys::daemon::signal(pidfd.as_fd(), signal).act("signal process", pid)?,
             Err(rustix::io::Errno::SRCH) => {}
             Err(e) => return Err(Error::with(Kind::Internal, format!("open process {pid}"), e)),
         }
@@ -75,7 +117,8 @@ pub fn each(pids: &[u32], signal: i32) -> Result<()> {
     Ok(())
 }
 
-/// Kills and removes what a bundle recorded, as far as possible: for shims and containers that cannot be asked any more.
+/// Kills and removes what a bundle recorded, as far as possible: for shims that cannot be asked any more. Waits, for seconds where
+/// something does not die.
 pub fn recorded(made: &Made) {
     if let Some(process) = &made.process {
         let _ = process.kill();

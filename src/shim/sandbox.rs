@@ -21,7 +21,7 @@ use serde::Deserialize;
 use super::failure::{status, step};
 use super::process::{Exit, Outcome, Process, told};
 use super::supervisor::Supervisor;
-use super::{io, task};
+use super::{io, kill, task};
 use crate::disk::bundle::{self, Made, Of, Recorded};
 use crate::init;
 use crate::model::error::{Act, Error, Result};
@@ -211,7 +211,9 @@ impl SandboxService {
         };
         if let Some(holder) = holder {
             holder.signal(libc::SIGKILL)?;
-            holder.reaped().await;
+            // It outlives everybody in its namespace.
+            let reaped = tokio::time::timeout(kill::DEATH_LIMIT, holder.reaped()).await;
+            reaped.map_err(|_| Error::precondition("stop sandbox: a process in the pod's process namespace does not die"))?;
         }
         failpoint::hit("shim.stop_sandbox.killed");
         let ended = self.supervisor.table().sandbox.ended.clone();

@@ -1,8 +1,10 @@
 //! The table of containers and execs of this shim, and what may be done to them when.
 //!
 //! A container is Created (first process blocked) until `start`, then Running, then Stopped until `delete`. An exec has no
-//! process before its `start`. Only this file changes the table. There is one thread; whatever waits does so without the table, and
-//! looks again afterwards.
+//! process before its `start`. Only this file and `ending.rs` change the table. There is one thread; whatever waits does so without
+//! the table, and looks again afterwards.
+
+mod ending;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -132,15 +134,6 @@ impl Container {
             None => Err(Error::precondition(format!("container {id} has no cgroup of the shim's"))),
         }
     }
-
-    /// Ends all processes: the first one, then whatever is left in the cgroup.
-    fn kill_everything(&self) -> Result<()> {
-        self.process.signal(libc::SIGKILL)?;
-        match &self.cgroup {
-            Some(cgroup) => Manager::open(&cgroup.path)?.strike(),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Exec {
@@ -247,10 +240,19 @@ impl Supervisor {
         let executed = born(execution, &cancel, "exec").await;
         failpoint::hit("shim.exec.forked");
         let mut table = self.table();
-        // The container, or the exec, may be gone by now.
-        let Ok(container) = table.container(id) else { return Err(executed.err().unwrap_or_else(|| Error::not_found(format!("container {id}")))) };
-        let cgroup = container.cgroup.clone();
-        let exec = container.exec(id, exec)?;
+        let (cgroup, exec) = match table.container(id).and_then(|container| Ok((container.cgroup.clone(), container.exec(id, exec)?))) {
+            Ok(known) => known,
+            // The container, or the exec, is gone by now, and nobody else knows of this process.
+            Err(gone) => {
+                return Err(executed.map_or_else(
+                    |e| e,
+                    |executed| {
+                        tokio::spawn(kill::stray(executed.pidfd));
+                        gone
+                    },
+                ));
+            }
+        };
         let started = executed.and_then(|mut executed| {
             let running = ends.run(executed.console.take())?;
             Process::watch(executed.pid, executed.pidfd, None, running, exec.done.clone())
@@ -281,51 +283,6 @@ impl Supervisor {
         }
     }
 
-    /// Sends a signal to one process; to an exec's whole session with SIGKILL; to everything in the container with `all`.
-    ///
-    /// # Errors
-    /// `NotFound`; from the kernel. Ended processes are fine.
-    pub fn kill(&self, id: &str, exec: &str, signal: i32, all: bool) -> Result<()> {
-        let mut table = self.table();
-        if let Some(making) = table.making.get(id).filter(|_| signal == libc::SIGKILL) {
-            making.cancel();
-            return Ok(());
-        }
-        let process = match table.process(id, exec) {
-            // An exec that does not run yet has no process to end; who waits for it is told.
-            Err(e) if e.kind == Kind::FailedPrecondition && signal == libc::SIGKILL => {
-                let never = Exit { code: NEVER_RAN, at: now_ns() };
-                let exec = table.container(id)?.exec(id, exec)?;
-                exec.done.send_replace(Some(never));
-                if let Some(starting) = &exec.starting {
-                    starting.notify_one();
-                }
-                return Ok(());
-            }
-            process => process?,
-        };
-        let container = table.container(id)?;
-        if !exec.is_empty() && signal == libc::SIGKILL {
-            return kill::session(&process, container.cgroup.as_ref());
-        }
-        if !all || !exec.is_empty() {
-            failpoint::hit("shim.signal.asked");
-            let sent = process.signal(signal);
-            failpoint::hit("shim.signal.sent");
-            return sent;
-        }
-        failpoint::hit("shim.kill.asked");
-        if signal == libc::SIGKILL {
-            let killed = container.kill_everything();
-            failpoint::hit("shim.kill.killed");
-            return killed;
-        }
-        match &container.cgroup {
-            Some(cgroup) => kill::each(&Manager::open(&cgroup.path)?.procs()?, signal),
-            None => process.signal(signal),
-        }
-    }
-
     /// Resolves when the process has ended and its output is drained (bounded). Before its start is fine.
     ///
     /// # Errors
@@ -337,61 +294,6 @@ impl Supervisor {
             if exec.is_empty() { container.done.clone() } else { container.exec(id, exec)?.done.clone() }
         };
         Ok(told(&done).await)
-    }
-
-    /// Forgets an ended container or exec: kills what is left, removes the cgroup. A container that was never started is
-    /// ended first.
-    ///
-    /// # Errors
-    /// `NotFound`; `FailedPrecondition` while it runs; what could not be killed or removed.
-    pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
-        if !exec.is_empty() {
-            return self.delete_exec(id, exec);
-        }
-        let making = self.table().making.get(id).cloned();
-        if let Some(making) = making {
-            making.cancel();
-            making.ended().await;
-        }
-        let process = {
-            let mut table = self.table();
-            let container = table.container(id)?;
-            if matches!(container.status(), Status::Running | Status::Paused) {
-                return Err(Error::precondition(format!("container {id} is running")));
-            }
-            container.kill_everything()?;
-            container.gate = None;
-            container.process.clone()
-        };
-        let exit = process.reaped().await;
-        failpoint::hit("shim.delete.reaped");
-        let mut table = self.table();
-        let container = table.container(id)?;
-        if let Some(cgroup) = &container.cgroup {
-            Manager::open(&cgroup.path)?.remove()?;
-        }
-        failpoint::hit("shim.delete.removed");
-        if let Some(container) = table.containers.remove(id) {
-            container.process.abandon_streams();
-            container.execs.values().filter_map(|exec| exec.process.as_ref()).for_each(|process| process.abandon_streams());
-        }
-        Ok((process.pid, exit))
-    }
-
-    fn delete_exec(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
-        let mut table = self.table();
-        let container = table.container(id)?;
-        let found = container.exec(id, exec)?;
-        let exit = match found.status() {
-            Status::Stopped(exit) => exit,
-            Status::Created => Exit { code: NEVER_RAN, at: now_ns() },
-            Status::Running | Status::Paused => return Err(Error::precondition(format!("exec {exec} of container {id} is running"))),
-        };
-        let process = container.execs.remove(exec).and_then(|exec| exec.process);
-        if let Some(process) = &process {
-            process.abandon_streams();
-        }
-        Ok((process.map_or(0, |p| p.pid), exit))
     }
 
     /// Where a container or exec stands.
@@ -464,17 +366,6 @@ impl Supervisor {
         failpoint::hit("shim.reopen.reopened");
         Ok(())
     }
-
-    /// Kills everything in every container; the records stay until they are deleted.
-    ///
-    /// # Errors
-    /// The first container that could not be killed; the others are.
-    pub fn kill_all(&self) -> Result<()> {
-        let table = self.table();
-        table.making.values().for_each(|making| making.cancel());
-        let results: Vec<Result<()>> = table.containers.values().map(Container::kill_everything).collect();
-        results.into_iter().collect()
-    }
 }
 
 /// A container whose first process is blocked before exec.
@@ -500,11 +391,23 @@ async fn make(id: &str, bundle: PathBuf, rootfs: Vec<RootMount>, addresses: Addr
         Ok(watched) => watched,
         Err(e) => {
             drop(gate);
-            kill::recorded(&made);
+            discard(pid, cgroup.as_ref()).await;
             return Err(e);
         }
     };
     Ok(Container { bundle, addresses, process, done, gate: Some(gate), cgroup, log, paused: false, failed: false, execs: BTreeMap::new() })
+}
+
+/// Ends a blocked process that was not taken charge of, as far as possible; the failure that led here is what gets reported.
+async fn discard(pid: u32, cgroup: Option<&CgroupRef>) {
+    // Our child and not reaped yet, so the number is still its own.
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    if let Some(pidfd) = pid.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()) {
+        kill::stray(pidfd).await;
+    }
+    if let Some(manager) = cgroup.and_then(|cgroup| Manager::open(&cgroup.path).ok()) {
+        let _ = kill::until_gone(|| manager.remove_step()).await;
+    }
 }
 
 impl Container {

@@ -211,21 +211,54 @@ fn a_process_that_left_one_hierarchy_is_found_at_removal() {
     inside.wait().unwrap();
     assert!(escaped.try_wait().unwrap().is_none());
     assert!(scratch.0.group(v1).dir().exists());
-    scratch.0.remove().unwrap();
+    assert!(scratch.0.remove_step().unwrap().is_some());
     escaped.wait().unwrap();
+    removed(&scratch.0);
     assert!(!scratch.0.exists());
+}
+
+/// Steps until the group is gone, whose processes die.
+fn removed(manager: &Manager) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while let Some(used) = manager.remove_step().unwrap() {
+        assert!(Instant::now() < deadline, "{used}");
+        std::thread::yield_now();
+    }
+}
+
+/// The group on the v1 hierarchies alone: there is no `cgroup.kill` then.
+fn v1_only(scratch: &Scratch) -> Option<Manager> {
+    let v1: Vec<_> = scratch.0.host.hierarchies().iter().filter(|h| h.version == Version::V1).cloned().collect();
+    (!v1.is_empty()).then(|| Manager::open_on(Arc::new(Host::from_hierarchies(v1)), scratch.0.path()).unwrap())
+}
+
+/// A process that does not die: v1 lets nobody go while a group above is frozen.
+#[test]
+fn nobody_waits_for_a_process_that_does_not_die() {
+    let scratch = Scratch::new("undying");
+    let Some(manager) = v1_only(&scratch).filter(|m| m.host.locate(Controller::Freezer).is_some()) else { return };
+    let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+    manager.add(child.id()).unwrap();
+    let above = Manager { host: manager.host.clone(), path: manager.path.parent().unwrap() };
+    above.freeze().unwrap();
+    let begun = Instant::now();
+    manager.strike().unwrap();
+    let used = manager.remove_step().unwrap().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    let text = used.to_string();
+    assert!(used.kind == Kind::FailedPrecondition && text.contains(manager.path()) && text.ends_with(&format!(" {}", child.id())), "{text}");
+    assert!(child.try_wait().unwrap().is_none(), "it was to live");
+    above.thaw().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+    removed(&manager);
+    assert!(!manager.exists());
 }
 
 #[test]
 fn kill_without_v2_reaches_sub_groups_and_outruns_a_fork_loop() {
     let scratch = Scratch::new("bomb");
-    let v1: Vec<_> = scratch.0.host.hierarchies().iter().filter(|h| h.version == Version::V1).cloned().collect();
-    if v1.is_empty() {
-        return;
-    }
-    let host = Arc::new(Host::from_hierarchies(v1));
-    let manager = Manager::open_on(host.clone(), scratch.0.path()).unwrap();
-    let inner = Manager::create_on(host, &format!("{}/inner", scratch.0.path())).unwrap();
+    let Some(manager) = v1_only(&scratch) else { return };
+    let inner = Manager::create_on(manager.host.clone(), &format!("{}/inner", scratch.0.path())).unwrap();
     manager.update(&Resources { pids_limit: Some(200), ..Resources::default() }).unwrap();
     let mut child = scratch.run("while :; do (sleep 0.01; sleep 0.01) & done");
     let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
@@ -237,6 +270,18 @@ fn kill_without_v2_reaches_sub_groups_and_outruns_a_fork_loop() {
     assert!(manager.procs_anywhere().unwrap().is_empty());
     manager.delete().unwrap();
     assert!(!inner.exists());
+    // The same by steps that do not wait.
+    Manager::create_on(manager.host.clone(), manager.path()).unwrap();
+    manager.update(&Resources { pids_limit: Some(200), ..Resources::default() }).unwrap();
+    let mut child = scratch.run("while :; do (sleep 0.01; sleep 0.01) & done");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while manager.procs().unwrap().len() < 5 {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    manager.strike().unwrap();
+    removed(&manager);
+    child.wait().unwrap();
 }
 
 #[test]
