@@ -53,21 +53,13 @@ async fn settle(node: &Node, what: &str, ledgers: &[Ledger], checked: &mut BTree
     node.nothing_is_left(what, before);
 }
 
-async fn baseline(node: &mut Node) -> host::Snapshot {
-    // The first pod makes the bridge and its table, which stay.
-    node.start_daemon(&[]);
-    life(node, "first", true, &Ledger::default()).await.unwrap();
-    node.kill_daemon();
-    host::Snapshot::take(&node.cgroup)
-}
-
 #[tokio::test(flavor = "current_thread")]
 async fn every_fail_point_is_survived() {
     let points = fail_points(false);
     assert!(points.len() >= 15, "too few fail points: {points:?}");
     let mut node = Node::prepare("");
     node.start_registry();
-    let before = baseline(&mut node).await;
+    let before = node.baseline().await;
     let (mut passed, mut checked) = (BTreeSet::new(), BTreeSet::new());
     for point in &points {
         node.spawn_daemon(&[("MESOCRI_FAILPOINT", point)]);
@@ -101,7 +93,7 @@ async fn every_fail_point_is_survived() {
 async fn random_kills_are_survived() {
     let mut node = Node::prepare("");
     node.start_registry();
-    let before = baseline(&mut node).await;
+    let before = node.baseline().await;
     let mut checked = BTreeSet::new();
     for seed in seeds("KILL_SEEDS", "0..100") {
         let mut random = Random::of(seed);

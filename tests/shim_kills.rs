@@ -89,6 +89,7 @@ async fn reported(node: &Node, what: &str) -> usize {
                     assert!(status.reason == "ShimLost" && !status.message.is_empty(), "{what}: {status:?}");
                     lost += 1;
                 }
+                ("absent", 128) => assert_eq!(status.reason, "StartError", "{what}"),
                 // Its start was under way.
                 (_, 128) => assert!(status.reason == "StartError" && status.message.contains("shim"), "{what}: {status:?}"),
                 ("runs" | "stays", 3) | ("ends", 5) | ("killed", 137) => assert_eq!(status.reason, "Error", "{what}"),
@@ -114,21 +115,13 @@ async fn settle(node: &Node, what: &str, before: &host::Snapshot) {
     node.nothing_is_left(what, before);
 }
 
-async fn baseline(node: &mut Node) -> host::Snapshot {
-    // The first pod makes the bridge and its table, which stay.
-    node.start_daemon(&[]);
-    life(node, "first", true, &Ledger::default()).await.unwrap();
-    node.kill_daemon();
-    host::Snapshot::take(&node.cgroup)
-}
-
 #[tokio::test(flavor = "current_thread")]
 async fn every_step_of_a_shim_is_survived() {
     let points = fail_points(true);
     assert!(points.len() >= 20, "too few fail points: {points:?}");
     let mut node = Node::prepare("");
     node.start_registry();
-    let before = baseline(&mut node).await;
+    let before = node.baseline().await;
     let mut passed = BTreeSet::new();
     let (mut lost, mut calls) = (0, BTreeSet::new());
     for point in &points {
@@ -173,7 +166,7 @@ async fn every_step_of_a_shim_is_survived() {
 async fn shims_killed_at_random_moments() {
     let mut node = Node::prepare("");
     node.start_registry();
-    let before = baseline(&mut node).await;
+    let before = node.baseline().await;
     node.start_daemon(&[]);
     let range = seeds("SHIM_KILL_SEEDS", "0..15");
     let (mut killed, mut lost) = (0, 0);

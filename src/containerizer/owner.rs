@@ -8,7 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tracing::{Instrument, Span};
 
@@ -87,6 +87,8 @@ impl Message {
 pub(super) enum Note {
     /// A start has ended; if it failed, with what is left of the container.
     Started(ContainerId, Result<(), NotStarted>, Reply<()>),
+    /// A start has failed, for this reason; whoever waits goes on when that is recorded.
+    StartFails(ContainerId, String, oneshot::Sender<()>),
     /// What a container is that could not be ended after its start failed.
     Ended(ContainerId, Remains),
     /// A process has ended.
@@ -192,6 +194,10 @@ impl Owner {
     async fn note(&mut self, note: Note) {
         match note {
             Note::Started(id, result, reply) => self.started(id, result, reply).await,
+            Note::StartFails(id, why, recorded) => {
+                self.start_fails(&id, why).await;
+                let _ = recorded.send(());
+            }
             Note::Ended(id, remains) => self.ended_later(&id, remains).await,
             Note::Exited(id, ended) => self.exited(id, ended).await,
             Note::HaltFailed(id, how, error) => self.halt_failed(&id, how, error),

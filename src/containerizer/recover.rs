@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::Instrument;
 
-use super::exit::{self, Ended};
+use super::exit::Ended;
 use super::lane::Job;
 use super::owner::{Note, Owner};
 use super::parts::Parts;
@@ -246,11 +246,7 @@ impl Owner {
                     self.watch(id);
                 }
             }
-            Verdict::Ended(code, at) => {
-                let exit = exit::exit_of(&self.parts, &self.pod, id, code, at);
-                self.end(Container::clone(&container), exit).await;
-                self.delete_task(id);
-            }
+            Verdict::Ended(code, at) => self.exited(id.clone(), Ended::Process(code, at)).await,
             Verdict::Lost => self.exited(id.clone(), Ended::Lost("the shim does not know the container any more".to_owned())).await,
             Verdict::Over if *state == TaskState::Gone => {
                 if let Some(slot) = self.slots.get_mut(id) {

@@ -1,15 +1,17 @@
 //! Starting a container.
 //!
 //! The record says `Running` before the first process is let go: after a crash in between, the shim's answer (still
-//! created, running, or ended already) decides, and no second write is needed when all goes well.
+//! created, running, or ended already) decides, and no second write is needed when all goes well. When the start fails, the
+//! record says so before the shim forgets the task.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tracing::Instrument;
 
 use super::admit::{self, Ask};
-use super::owner::{Note, Owner};
+use super::owner::{Message, Note, Owner};
 use super::parts::{Parts, Reply};
 use super::slot::{Slot, Task};
 use super::spans::{act_span, step_span};
@@ -45,6 +47,12 @@ async fn end(parts: &Parts, pod: &PodId, id: &ContainerId) -> Remains {
     }
 }
 
+/// What a container is whose start failed and of which nothing is left.
+fn failed(container: &Container, why: String) -> Container {
+    let exit = Exit::start_error(clock::now_ns(), why.clone());
+    Container { phase: ContainerPhase::Exited { started_at: 0, exit }, message: why, ..container.clone() }
+}
+
 impl Owner {
     /// `StartContainer`.
     pub(super) async fn start(&mut self, id: ContainerId, reply: Reply<()>) {
@@ -65,15 +73,19 @@ impl Owner {
         if let Some(slot) = self.slots.get_mut(&id) {
             slot.starting = Some(Arc::new(running));
         }
-        let (parts, pod) = (self.parts.clone(), self.pod.id.clone());
+        let (parts, pod, me) = (self.parts.clone(), self.pod.id.clone(), self.me.clone());
         let work = async move {
             let started = parts.launcher.start_task(&pod, &id).instrument(step_span!("start_task", pod, id)).await;
             failpoint::hit("start_container.started");
-            let result = match started {
-                Ok(()) => Ok(()),
-                Err(error) => Err((error, end(&parts, &pod, &id).instrument(step_span!("delete_task", pod, id)).await)),
-            };
-            Note::Started(id, result, reply)
+            let Err(error) = started else { return Note::Started(id, Ok(()), reply) };
+            // When the task is deleted nobody else knows why it failed, so that is recorded first, by the only one who writes there.
+            let (recorded, done) = oneshot::channel();
+            let _ = me.send(Message::Note(Note::StartFails(id.clone(), error.to_string(), recorded))).await;
+            let _ = done.await;
+            failpoint::hit("start_container.failed");
+            let remains = end(&parts, &pod, &id).instrument(step_span!("delete_task", pod, id)).await;
+            failpoint::hit("start_container.ended");
+            Note::Started(id, Err((error, remains)), reply)
         };
         self.spawn(work.in_current_span());
     }
@@ -93,43 +105,64 @@ impl Owner {
         Ok(Container { phase: ContainerPhase::Running { pid, started_at }, ..Container::clone(&slot.container) })
     }
 
+    /// A start has failed, and what is left of it is deleted next.
+    pub(super) async fn start_fails(&mut self, id: &ContainerId, why: String) {
+        let Some(starting) = self.slots.get(id).and_then(|slot| slot.starting.as_deref()) else { return };
+        let failed = failed(starting, why);
+        self.note_down(&failed).await;
+        // What the record says while the start is under way (an update of limits writes it too).
+        if let Some(slot) = self.slots.get_mut(id) {
+            slot.starting = Some(Arc::new(failed));
+        }
+    }
+
     /// A start has ended.
     pub(super) async fn started(&mut self, id: ContainerId, result: Result<(), NotStarted>, reply: Reply<()>) {
-        let Some(running) = self.slots.get_mut(&id).and_then(|slot| slot.starting.take()) else {
+        let Some(started) = self.slots.get_mut(&id).and_then(|slot| slot.starting.take()) else {
             return drop(reply.send(Err(Error::not_found(format!("start container {id}: no such container")))));
         };
-        match &result {
+        let started = Arc::unwrap_or_clone(started);
+        let answer = match result {
             Ok(()) => {
                 failpoint::hit("start_container.running");
-                self.show(Container::clone(&running), Some(EventKind::Started));
+                self.show(started, Some(EventKind::Started));
                 self.watch(&id);
+                Ok(())
             }
-            Err((error, Remains::Nothing)) => self.not_started(Container::clone(&running), error.to_string()).await,
-            Err((error, Remains::Task(state))) => {
-                // The record says running already: with the shim's word it is as after a restart of the daemon.
-                tracing::warn!(container = %id, %error, ?state, "start failed, but the container could not be ended: it is what its shim says");
-                self.show(Container::clone(&running), None);
-                self.apply_state(&id, state).await;
+            Err((error, remains)) => {
+                self.not_started(started, &error, remains).await;
+                Err(error)
             }
-            Err((error, Remains::Unknown)) => {
-                let started_at = if let ContainerPhase::Running { started_at, .. } = running.phase { started_at } else { 0 };
-                let phase = ContainerPhase::Unknown { started_at };
-                self.show(Container { phase, message: error.to_string(), ..Container::clone(&running) }, None);
-                self.end_later(id.clone());
-            }
-        }
+        };
         if let Some(slot) = self.slots.get_mut(&id) {
             self.again.extend(slot.parked.drain(..));
         }
-        let _ = reply.send(result.map_err(|(error, _)| error));
+        let _ = reply.send(answer);
     }
 
-    /// Record, published state and event of a start that failed and of which nothing is left.
-    async fn not_started(&mut self, container: Container, why: String) {
-        let exit = Exit::start_error(clock::now_ns(), why.clone());
-        let failed = Container { phase: ContainerPhase::Exited { started_at: 0, exit }, message: why, ..container };
-        self.note_down(&failed).await;
-        self.show(failed, Some(EventKind::Stopped));
+    async fn not_started(&mut self, failed: Container, error: &Error, remains: Remains) {
+        match remains {
+            Remains::Nothing => self.show(failed, Some(EventKind::Stopped)),
+            Remains::Task(state) => {
+                tracing::warn!(container = %failed.id, %error, ?state, "start failed, but the container could not be ended: it is what its shim says");
+                let Some(created) = self.slots.get(&failed.id).map(|slot| slot.container.clone()) else { return };
+                let (ContainerPhase::Created { pid }, ContainerPhase::Exited { exit, .. }) = (&created.phase, &failed.phase) else { return };
+                // As after a restart of the daemon that found it recorded as running.
+                let phase = ContainerPhase::Running { pid: *pid, started_at: exit.at };
+                let running = Container { phase, message: created.message.clone(), ..failed.clone() };
+                self.note_down(&running).await;
+                let id = running.id.clone();
+                self.show(running, None);
+                self.apply_state(&id, &state).await;
+            }
+            Remains::Unknown => {
+                let ContainerPhase::Exited { exit, .. } = &failed.phase else { return };
+                let phase = ContainerPhase::Unknown { started_at: exit.at };
+                let id = failed.id.clone();
+                self.show(Container { phase, ..failed }, None);
+                self.end_later(id);
+            }
+        }
     }
 
     /// Goes on to end a container that could neither be started nor ended, until its shim says what it is.
@@ -152,8 +185,9 @@ impl Owner {
         match remains {
             Remains::Task(state) => self.apply_state(id, &state).await,
             Remains::Nothing => {
-                let why = container.message.clone();
-                self.not_started(container, why).await;
+                let failed = failed(&container, container.message.clone());
+                self.note_down(&failed).await;
+                self.show(failed, Some(EventKind::Stopped));
             }
             Remains::Unknown => {}
         }

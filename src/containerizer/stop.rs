@@ -102,7 +102,8 @@ impl Owner {
         let work = async move {
             let error = match send(&parts, &container, SIGKILL, true).await {
                 Err(error) => error,
-                Ok(()) => match tokio::time::timeout(limit, slot::ended(&mut life)).await {
+                // Until it has ended: that another attempt failed meanwhile (Stuck) says nothing of this one.
+                Ok(()) => match tokio::time::timeout(limit, life.wait_for(|life| *life == Life::Ended)).await {
                     Ok(_) => return,
                     Err(_) => Error::new(Kind::DeadlineExceeded, format!("kill container {}: it has not ended within {} s", container.id, limit.as_secs())),
                 },

@@ -203,7 +203,7 @@ impl Layout {
         self.run_pod(pod).join("containers").join(id.as_str())
     }
 
-    /// Names the parent cgroup that the daemon itself makes, as opposed to one an administrator prepared.
+    /// Names the parent cgroup that the daemon is making; not there at other times.
     pub fn own_cgroup_parent(&self) -> PathBuf {
         self.state.join("cgroup-parent")
     }

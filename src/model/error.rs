@@ -108,10 +108,12 @@ impl fmt::Display for Error {
             write!(f, ": {source}")?;
             // Our own errors print their chain themselves; foreign ones do not.
             let mut next = if source.is::<Error>() { None } else { source.source() };
+            let mut told = source.to_string();
             while let Some(cause) = next {
                 let text = cause.to_string();
-                if !source.to_string().contains(&text) {
+                if !told.contains(&text) {
                     write!(f, ": {text}")?;
+                    told += &text;
                 }
                 next = cause.source();
             }
@@ -172,5 +174,27 @@ mod tests {
         let e = Err::<(), _>(std::io::Error::from_raw_os_error(libc::ENOSPC)).act("write", "/x").unwrap_err().within("pull image a");
         assert_eq!(e.kind, Kind::ResourceExhausted);
         assert_eq!(e.to_string(), "pull image a: write /x: No space left on device (os error 28)");
+    }
+
+    /// As libraries do it: one says only what it is, another repeats what its cause says.
+    #[derive(Debug)]
+    struct Foreign(&'static str, Option<Box<Foreign>>);
+
+    impl fmt::Display for Foreign {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)
+        }
+    }
+
+    impl std::error::Error for Foreign {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            self.1.as_deref().map(|e| e as _)
+        }
+    }
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let chain = Foreign("transport error", Some(Box::new(Foreign("connect: no such file", Some(Box::new(Foreign("no such file", None)))))));
+        assert_eq!(Error::with(Kind::Unavailable, "ask", chain).to_string(), "ask: transport error: connect: no such file");
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use super::ledger::{Ledger, life};
 use super::{Node, entries, host};
 
 /// Fail points of the sources, the string literals given to `failpoint::hit`: the shim's or the daemon's.
@@ -50,6 +51,14 @@ pub fn seeds(name: &str, default: &str) -> std::ops::Range<u64> {
 }
 
 impl Node {
+    /// What the host looks like after one life: the first pod makes the bridge and its table, which stay. No daemon runs then.
+    pub async fn baseline(&mut self) -> host::Snapshot {
+        self.start_daemon(&[]);
+        life(self, "first", true, &Ledger::default()).await.unwrap();
+        self.kill_daemon();
+        host::Snapshot::take(&self.cgroup)
+    }
+
     /// With every pod and image removed, the host is what it was `before` and no file of theirs is left. The daemon runs on.
     pub fn nothing_is_left(&self, what: &str, before: &host::Snapshot) {
         let look = || -> Vec<_> {

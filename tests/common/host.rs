@@ -221,7 +221,7 @@ pub fn kill(pid: i32) {
 }
 
 /// Ends what a failed test left running, so that one failure does not become many: what is in a cgroup of the bench, and what was
-/// started with an argument or a variable that names the bench's directory or works in it.
+/// started with an argument or a variable that names the bench's directory or works in it; then the cgroups.
 pub fn kill_processes_of(cgroup: &str, dir: &Path) {
     let name = dir.to_str().unwrap().as_bytes();
     for pid in super::entries(Path::new("/proc")).iter().filter_map(|name| name.parse::<i32>().ok()) {
@@ -233,5 +233,15 @@ pub fn kill_processes_of(cgroup: &str, dir: &Path) {
         if ours && pid != std::process::id().cast_signed() {
             kill(pid);
         }
+    }
+    // The killed leave when they are scheduled. In a test that fails already there is nobody to tell of what does not go.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        // The deepest first.
+        let left = cgroups_below(cgroup).iter().rev().filter(|dir| std::fs::remove_dir(dir).is_err()).count();
+        if left == 0 {
+            break;
+        }
+        pause();
     }
 }

@@ -109,6 +109,7 @@ pub async fn life(node: &Node, name: &str, own_network: bool, ledger: &Ledger) -
     let stays = ledger.launch(node, &id, &config, "stays", COUNTS).await?;
     ledger.launch(node, &id, &config, "later", WAITS).await?;
     let ends = ledger.launch(node, &id, &config, "ends", "exit 5").await?;
+    ledger.launch_in_vain(node, &id, &config).await?;
     node.exec(&stays, "echo x", 5).await?;
     ledger.look(node, &ends).await?;
     ledger.rotate(node, &stays).await?;
@@ -141,13 +142,34 @@ impl Ledger {
         Ok(id)
     }
 
-    /// CreateContainer and StartContainer.
-    async fn launch(&self, node: &Node, pod: &str, config: &api::PodSandboxConfig, name: &'static str, script: &str) -> Result<String, Status> {
-        let id = node.create(pod, config, &shell(name, script)).await?;
+    /// CreateContainer, and that StartContainer is asked for, when.
+    async fn create(
+        &self,
+        node: &Node,
+        pod: &str,
+        config: &api::PodSandboxConfig,
+        name: &'static str,
+        what: &api::ContainerConfig,
+    ) -> Result<(String, i64), Status> {
+        let id = node.create(pod, config, what).await?;
         let log = PathBuf::from(&config.log_directory).join(format!("{name}.log"));
         self.containers.borrow_mut().insert(id.clone(), Kept { name, pod: pod.to_owned(), log, stage: Stage::Created });
         let asked = now();
         self.set(&id, Stage::Starting(asked));
+        Ok((id, asked))
+    }
+
+    /// A container whose program is missing: its start fails.
+    async fn launch_in_vain(&self, node: &Node, pod: &str, config: &api::PodSandboxConfig) -> Result<(), Status> {
+        let absent = api::ContainerConfig { command: vec!["/absent".to_owned()], ..shell("absent", "") };
+        let (id, _) = self.create(node, pod, config, "absent", &absent).await?;
+        let failed = node.start_container(&id).await.expect_err("there is no such program");
+        self.look(node, &id).await.map_err(|_| failed)
+    }
+
+    /// CreateContainer and StartContainer.
+    async fn launch(&self, node: &Node, pod: &str, config: &api::PodSandboxConfig, name: &'static str, script: &str) -> Result<String, Status> {
+        let (id, asked) = self.create(node, pod, config, name, &shell(name, script)).await?;
         node.start_container(&id).await?;
         let (pid, status) = node.process_of(&id).await?;
         self.set(&id, if exited(&status) { Stage::Told(Box::new(status)) } else { Stage::Running(asked, Living::of(pid), Box::new(status)) });
@@ -343,6 +365,7 @@ fn plausible(what: &str, name: &str, status: &api::ContainerStatus) {
     let codes: &[i32] = match name {
         "stays" => &[3, 137],
         "later" => &[137],
+        "absent" => &[],
         _ => &[5],
     };
     // 128: the pod was stopped before the start.

@@ -79,6 +79,62 @@ fn exits_that_nobody_saw_are_reported_with_their_code() {
 }
 
 #[test]
+fn an_exit_that_cannot_be_recorded_stays_with_the_shim() {
+    let old = Bench::new();
+    let (pod, id) = life(async {
+        let pod = old.pod("a").await;
+        let id = old.running(&pod, "c").await;
+        (pod, id)
+    });
+    old.world.exit(&id, 9);
+    // What a record is written to before it takes the old one's place.
+    let record = old.layout.container_record(&pod, &id);
+    let temporary = record.with_file_name(format!(".{}.new", record.file_name().unwrap().display()));
+    std::fs::create_dir(&temporary).unwrap();
+    let full = old.restarted();
+    life(async {
+        full.engine.recover().await.unwrap();
+        assert_eq!(full.exited(&id).await, (9, "Error".to_owned()));
+    });
+    std::fs::remove_dir(&temporary).unwrap();
+    let bench = full.restarted();
+    life(async {
+        bench.engine.recover().await.unwrap();
+        assert_eq!(bench.exited(&id).await, (9, "Error".to_owned()), "known to the shim alone, which must have kept it");
+        bench.engine.remove_pod(pod.as_str()).await.unwrap();
+        bench.assert_empty();
+    });
+}
+
+#[test]
+fn why_a_start_failed_outlives_a_crash_after_its_task_was_deleted() {
+    let old = Bench::new();
+    let id = life(async {
+        let pod = old.pod("a").await;
+        let id = old.created(&pod, "c").await;
+        old.world.fail("start_task", Kind::Internal);
+        old.world.hold("delete_task");
+        let call = tokio::spawn({
+            let (engine, id) = (old.engine.clone(), id.clone());
+            async move { engine.start_container(id.as_str()).await }
+        });
+        old.world.reached("delete_task", 1).await;
+        call.abort();
+        id
+    });
+    // The deletion was on its way to the shim when the daemon died.
+    old.world.forget(&id);
+    old.world.heal("start_task");
+    old.world.open("delete_task");
+    let bench = old.restarted();
+    life(async {
+        bench.engine.recover().await.unwrap();
+        assert_eq!(bench.exited(&id).await, (128, "StartError".to_owned()));
+        assert!(bench.container(&id).message.contains("start_task fails on cue"), "{}", bench.container(&id).message);
+    });
+}
+
+#[test]
 fn a_crash_in_the_middle_of_a_start_is_decided_by_the_shim() {
     for (reaches_shim, expected) in [(false, "created"), (true, "running")] {
         let old = Bench::new();

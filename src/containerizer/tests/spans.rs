@@ -337,8 +337,9 @@ fn recovery_is_a_trace_of_its_own() {
             isolator isolator=recorder
           pod.recover pod=P
             probe pod=P
-            record pod=P container=C
-            delete_task pod=P container=C
+            container.exit pod=P container=C
+              record pod=P container=C
+              delete_task pod=P container=C
     ";
     assert_eq!(trace.take(&[(pod.as_str(), "P"), (id.as_str(), "C")]), tree(recovered));
 }

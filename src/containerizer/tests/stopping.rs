@@ -233,3 +233,24 @@ async fn a_removal_whose_caller_left_is_finished_all_the_same() {
     bench.engine.remove_pod(pod.as_str()).await.unwrap();
     bench.assert_empty();
 }
+
+#[tokio::test]
+async fn a_signal_that_fails_late_does_not_hide_that_a_kill_has_no_effect() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    let id = bench.running(&pod, "c").await;
+    bench.world.immortalise(&id);
+    bench.world.hold("kill_task");
+    // The stop signal fails, after the kill was sent; that is taken and changes nothing.
+    bench.world.fail_nth(Some(0));
+    let polite = spawn_stop(&bench, &id, HOUR);
+    bench.world.reached("kill_task", 1).await;
+    let now = spawn_stop(&bench, &id, Duration::ZERO);
+    bench.world.reached("kill_task", 2).await;
+    bench.world.open("kill_task");
+    for call in [polite, now] {
+        call.await.unwrap().unwrap_err();
+    }
+    tokio::time::timeout(Duration::from_secs(20), bench.engine.remove_pod(pod.as_str())).await.expect("the pod's end waits for a kill").unwrap();
+    bench.assert_empty();
+}

@@ -30,7 +30,7 @@ use crate::model::plan::LaunchPatch;
 use crate::model::resources::Resources;
 use crate::model::stats::CgroupStats;
 use crate::model::{ContainerId, PodId, PodSpec};
-use crate::stdx::blocking;
+use crate::stdx::{blocking, failpoint};
 
 pub use self::place::Driver;
 
@@ -82,30 +82,40 @@ impl Cgroups {
     fn new(config: Config, deps: &Deps, host: Arc<Host>) -> Result<Self> {
         crate::cgroups::CgroupPath::new(&config.default_parent).map_err(|e| e.within("configuration of isolator cgroups: default_parent"))?;
         let owner = deps.layout.state.to_string_lossy().into_owned();
-        let isolator = Self { swap: host.accounts_swap(), config, host, layout: deps.layout.clone(), owner, systemd: Mutex::default() };
-        isolator.note_own_parent()?;
-        Ok(isolator)
+        Ok(Self { swap: host.accounts_swap(), config, host, layout: deps.layout.clone(), owner, systemd: Mutex::default() })
     }
 
-    /// A parent that does not exist now is one that we shall make; written down before, so that a crash between making it on
-    /// one hierarchy and marking it there leaves nothing that nobody owns. One that exists is an administrator's.
-    fn note_own_parent(&self) -> Result<()> {
-        let note = self.layout.own_cgroup_parent();
-        if !self.layout.state.is_dir() || self.manager(&self.config.default_parent)?.exists() {
-            return Ok(());
+    /// The group of a pod, with `default_parent` if that is missing. Noted before, so that a crash between making the parent on one
+    /// hierarchy and marking it there leaves nothing that nobody owns ([`Cgroups::claim_parent`]).
+    fn make_pod_group(&self, path: &str) -> Result<Manager> {
+        let parent = self.manager(&self.config.default_parent)?;
+        if parent.exists() {
+            return Manager::create_on(self.host.clone(), path);
         }
-        std::fs::write(&note, &self.config.default_parent).act("write", note.display())
+        let note = self.layout.own_cgroup_parent();
+        std::fs::write(&note, &self.config.default_parent).act("write", note.display())?;
+        let made = Manager::create_on(self.host.clone(), path);
+        failpoint::hit("cgroups.parent_made");
+        // Another pod's call may have made it on some hierarchies, and not have marked it yet.
+        parent.mark_removable();
+        std::fs::remove_file(&note).act("remove", note.display())?;
+        made
     }
 
-    /// Sees to it that the parent we made goes with the last pod in it: now, or later by its mark, which a crash may have
-    /// left out.
-    fn claim_own_parent(&self) -> Result<()> {
-        if std::fs::read_to_string(self.layout.own_cgroup_parent()).is_ok_and(|noted| noted == self.config.default_parent) {
-            let parent = self.manager(&self.config.default_parent)?;
+    /// Sees to it that a parent that was being made in a crash goes with the last pod in it: now, or later by its mark.
+    fn claim_parent(&self) -> Result<()> {
+        let note = self.layout.own_cgroup_parent();
+        let noted = match std::fs::read_to_string(&note) {
+            Ok(noted) => noted,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(e).act("read", note.display()),
+        };
+        // Half a note: the crash came before anything was made.
+        if let Ok(parent) = self.manager(&noted) {
             parent.mark_removable();
             parent.remove_if_empty();
         }
-        Ok(())
+        std::fs::remove_file(&note).act("remove", note.display())
     }
 
     fn place(&self, pod_id: &PodId, pod: &PodSpec) -> Result<PodPlace> {
@@ -300,7 +310,7 @@ impl Isolator for Cgroups {
         }
         let place = self.place(cx.pod_id, cx.pod)?;
         if place.ours && place.slice.is_none() {
-            let group = Manager::create_on(self.host.clone(), place.path.as_str())?;
+            let group = self.make_pod_group(place.path.as_str())?;
             // Without the mark a crash leaves an empty group behind; that is no reason to refuse pods.
             if let Err(e) = group.set_owner(&self.owner) {
                 tracing::debug!(error = %e, "leftover groups will not be recognised");
@@ -385,7 +395,7 @@ impl Isolator for Cgroups {
 
     async fn recover(&self, known: &[PodId]) -> Result<()> {
         self.recover_groups(known).await?;
-        self.claim_own_parent()?;
+        self.claim_parent()?;
         if self.config.driver == Driver::Systemd { self.recover_scopes(known).await } else { Ok(()) }
     }
 }

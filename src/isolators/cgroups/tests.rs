@@ -134,26 +134,34 @@ async fn recovery_ends_only_our_own_unknown_pods() {
 #[tokio::test]
 async fn a_parent_made_before_a_crash_goes_with_its_last_pod() {
     let case = Case::new("crash");
+    let note = case.bench.deps.layout.own_cgroup_parent();
     case.bench.prepare_sandbox(&case.isolator).await.unwrap();
+    assert!(!note.exists());
     // The daemon died between making the parent on one hierarchy and marking it there.
     let host = Host::get().unwrap();
     let dir = host.hierarchies()[0].root.join(case.parent().path().trim_start_matches('/'));
     rustix::fs::removexattr(&dir, "trusted.mesocri").unwrap();
-    let again = Cgroups::new(case.isolator.config.clone(), &case.bench.deps, host.clone()).unwrap();
+    std::fs::write(&note, case.parent().path()).unwrap();
+    let again = Cgroups::new(case.isolator.config.clone(), &case.bench.deps, host).unwrap();
     again.recover(std::slice::from_ref(&case.bench.pod_id)).await.unwrap();
-    assert!(dir.is_dir(), "a pod is in it");
+    assert!(dir.is_dir() && !note.exists(), "a pod is in it");
     again.cleanup(&case.bench.pod_id, &case.bench.pod, None).await.unwrap();
     assert!(!case.parent().exists());
 
-    // One that was there before the first start is an administrator's.
+    // One that an administrator makes later, maybe with limits, is not ours, though we made one of that name before.
     let admins = Manager::create(case.parent().path()).unwrap();
-    std::fs::remove_file(case.bench.deps.layout.own_cgroup_parent()).unwrap();
-    let again = Cgroups::new(case.isolator.config.clone(), &case.bench.deps, host).unwrap();
     again.recover(&[]).await.unwrap();
     case.bench.prepare_sandbox(&again).await.unwrap();
     again.cleanup(&case.bench.pod_id, &case.bench.pod, None).await.unwrap();
     assert!(admins.exists());
     admins.delete().unwrap();
+
+    // A crash before it was made, and one that left half a note.
+    for text in [case.parent().path(), "", "/.."] {
+        std::fs::write(&note, text).unwrap();
+        again.recover(&[]).await.unwrap();
+        assert!(!note.exists() && !case.parent().exists(), "{text}");
+    }
 }
 
 #[tokio::test]
