@@ -270,6 +270,41 @@ async fn a_shim_that_hangs_is_ended_with_its_pod() {
     node.finish();
 }
 
+/// Requests larger than a socket's buffer, given up by those who sent them: nobody else's business.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shim_that_stalls_for_a_while_loses_nothing() {
+    let node = Node::start().await;
+    node.pull().await;
+    let config = pod(&node, "stalled");
+    let id = node.run_pod(&config).await.unwrap();
+    let container = node.launch(&id, &config, &shell("c", "trap 'exit 7' TERM; while :; do sleep 0.05; done")).await;
+    let before = node.process_of(&container).await.unwrap();
+    let shim = parent_of(before.0);
+    kill(Pid::from_raw(shim), Signal::SIGSTOP).unwrap();
+    let probes: Vec<_> = (0..4)
+        .map(|_| {
+            let (mut runtime, container_id) = (node.runtime(), container.clone());
+            let mut probe = tonic::Request::new(api::ExecSyncRequest { container_id, cmd: vec!["true".to_owned(), "x".repeat(120_000)], timeout: 1 });
+            // A caller that leaves is what cuts a request off.
+            probe.set_timeout(Duration::from_secs(4));
+            tokio::spawn(async move { runtime.exec_sync(probe).await })
+        })
+        .collect();
+    for probe in probes {
+        assert!(probe.await.unwrap().is_err());
+    }
+    kill(Pid::from_raw(shim), Signal::SIGCONT).unwrap();
+
+    assert_eq!(node.exec(&container, "echo works", 10).await.unwrap().1, "works\n");
+    let second = node.launch(&id, &config, &shell("second", "exit 3")).await;
+    assert_eq!(node.wait_exit(&second).await.exit_code, 3);
+    assert_eq!(node.process_of(&container).await.unwrap(), before, "the container never noticed");
+    node.stop_container(&container, 10).await.unwrap();
+    assert_eq!(node.wait_exit(&container).await.exit_code, 7);
+    node.remove_all_pods().await;
+    node.finish();
+}
+
 fn parent_of(pid: u32) -> i32 {
     parent(&std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap()).unwrap()
 }

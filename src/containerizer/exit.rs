@@ -17,10 +17,10 @@ use crate::model::error::{Kind, Result};
 use crate::model::phase::{ContainerPhase, Exit, PodPhase};
 use crate::stdx::{clock, failpoint};
 
-/// How often a shim that broke off a wait is asked again before it counts as gone.
-const TRIES: u32 = 4;
-/// Pause before the first of these tries; it doubles.
+/// Pause before a shim is asked again that lives and could not say how a container ended; it doubles.
 const PAUSE: Duration = Duration::from_millis(50);
+/// The longest of these pauses.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a process ended.
 #[derive(Debug)]
@@ -31,26 +31,26 @@ pub(super) enum Ended {
     Lost(String),
 }
 
-/// Waits for the exit of a container; survives a connection that breaks.
+/// Waits for the exit of a container. However often the shim fails to say: while it lives and knows the container, so may the
+/// container, and it is left alone.
 pub(super) async fn watch(parts: Arc<Parts>, pod: Arc<Pod>, id: ContainerId) -> Ended {
     let mut pause = PAUSE;
-    let mut why = String::new();
-    for _ in 0..TRIES {
-        match parts.launcher.wait_task(&pod.id, &id).await {
+    let why = loop {
+        let why = match parts.launcher.wait_task(&pod.id, &id).await {
             Ok((code, at)) => return Ended::Process(code, at),
-            Err(error) => why = error.to_string(),
-        }
+            Err(error) if error.kind == Kind::Unavailable => break error.to_string(),
+            Err(error) => error.to_string(),
+        };
         match parts.limited("ask for task state", parts.launcher.task_state(&pod.id, &id)).await {
             Ok(TaskState::Exited { code, at }) => return Ended::Process(code, at),
-            Ok(TaskState::Gone) => break,
-            // It lives: wait again, as long as it takes.
-            Ok(TaskState::Created { .. } | TaskState::Running { .. }) => {}
-            Err(error) if error.kind == Kind::NotFound => break,
-            Err(_) => {}
+            Ok(TaskState::Gone) => break why,
+            Err(error) if error.kind == Kind::Unavailable => break why,
+            Ok(TaskState::Created { .. } | TaskState::Running { .. }) | Err(_) => {}
         }
+        tracing::warn!(container = %id, error = why, "the shim could not say how a container ended, it is asked again");
         tokio::time::sleep(pause).await;
-        pause *= 2;
-    }
+        pause = LONGEST_PAUSE.min(2 * pause);
+    };
     // First make sure that nothing of it is left, then say that it has ended.
     if let Err(error) = parts.limited("delete task", parts.launcher.delete_task(&pod.id, &id)).await {
         tracing::warn!(container = %id, %error, "task of a vanished shim could not be deleted, the removal tries again");

@@ -181,16 +181,17 @@ pub trait Launcher: Send + Sync {
     /// `NotFound` when the shim does not know the container.
     async fn kill_task(&self, pod: &PodId, id: &ContainerId, signal: i32, all: bool) -> Result<()>;
 
-    /// Resolves when the first process has ended, its output is drained (bounded) and the log is complete: code and time.
+    /// Resolves when the first process has ended, its output is drained (bounded) and the log is complete: code and time. Survives
+    /// connections that break.
     ///
     /// # Errors
-    /// `Unavailable` when the shim vanished first.
+    /// `Unavailable` when the shim has ended first, and only then.
     async fn wait_task(&self, pod: &PodId, id: &ContainerId) -> Result<(i32, i64)>;
 
     /// State as the shim sees it.
     ///
     /// # Errors
-    /// `Unavailable` when the shim does not answer.
+    /// `Unavailable` when the shim has ended, `DeadlineExceeded` when it does not answer.
     async fn task_state(&self, pod: &PodId, id: &ContainerId) -> Result<TaskState>;
 
     /// Forgets an ended task: kills what is left in it, removes its cgroup and bundle. Idempotent.

@@ -14,10 +14,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::client::Client;
-use crate::model::error::{Act, Error, Result};
+use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::shim::SANDBOX_SERVICE;
 use crate::model::{ContainerId, PodId};
 use crate::stdx::crilog::LogFile;
+
+/// Pause before a shim is asked again whose connection broke; it doubles.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The longest of these pauses.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Who answers the pod's handler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,26 @@ impl ShimProcess {
     pub async fn kill(&self, limit: Duration) {
         let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
         let _ = tokio::time::timeout(limit, self.ended()).await;
+    }
+
+    /// Asks what may be asked twice: again for as long as the connection breaks and the shim lives.
+    ///
+    /// # Errors
+    /// `Unavailable` when the shim has ended, and only then; whatever else `request` fails with.
+    pub async fn ask<A, F: Future<Output = Result<A>>>(&self, mut request: impl FnMut() -> F) -> Result<A> {
+        let mut pause = PAUSE;
+        loop {
+            match request().await {
+                Err(e) if e.kind == Kind::Unavailable => {
+                    if tokio::time::timeout(pause, self.ended()).await.is_ok() {
+                        return Err(e);
+                    }
+                    tracing::debug!(error = %e, "the shim lives, it is asked again");
+                }
+                answer => return answer,
+            }
+            pause = LONGEST_PAUSE.min(2 * pause);
+        }
     }
 }
 
@@ -113,22 +138,24 @@ impl Pod {
 }
 
 async fn watch_end(id: PodId, whose: Whose, client: Client, shim: Arc<ShimProcess>, tell: watch::Sender<bool>) {
+    let told = async || match whose {
+        Whose::Ours => {
+            let mut request = sandbox_api::WaitSandboxRequest::new();
+            request.sandbox_id = id.as_str().to_owned();
+            client.call::<sandbox_api::WaitSandboxResponse>(SANDBOX_SERVICE, "WaitSandbox", &request, None).await.map(drop)
+        }
+        Whose::Foreign => {
+            let mut request = api::WaitRequest::new();
+            request.id = id.as_str().to_owned();
+            client.task_unbounded::<api::WaitResponse>("Wait", &request).await.map(drop)
+        }
+    };
     let stopped = async {
-        let told = match whose {
-            Whose::Ours => {
-                let mut request = sandbox_api::WaitSandboxRequest::new();
-                request.sandbox_id = id.as_str().to_owned();
-                client.call::<sandbox_api::WaitSandboxResponse>(SANDBOX_SERVICE, "WaitSandbox", &request, None).await.map(drop)
-            }
-            Whose::Foreign => {
-                let mut request = api::WaitRequest::new();
-                request.id = id.as_str().to_owned();
-                client.task_unbounded::<api::WaitResponse>("Wait", &request).await.map(drop)
-            }
-        };
-        if told.is_err() {
-            // A broken connection is not yet a dead shim.
-            std::future::pending::<()>().await;
+        let mut pause = PAUSE;
+        // A broken connection is not yet a dead shim, and one without a sandbox service does not know its pause container from the start.
+        while told().await.is_err() {
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(2 * pause);
         }
     };
     tokio::select! {

@@ -243,7 +243,8 @@ impl Launcher for ShimLauncher {
                 let mut request = sandbox_api::StopSandboxRequest::new();
                 request.sandbox_id = pod.id.as_str().to_owned();
                 let limit = Some(self.config.request_limit());
-                pod.client.call::<sandbox_api::StopSandboxResponse>(SANDBOX_SERVICE, "StopSandbox", &request, limit).await.map(drop)
+                let stop = || pod.client.call::<sandbox_api::StopSandboxResponse>(SANDBOX_SERVICE, "StopSandbox", &request, limit);
+                pod.shim.ask(stop).await.map(drop)
             }
             Whose::Foreign => self.kill_foreign_pod(&pod).await,
         };

@@ -81,7 +81,8 @@ impl ShimLauncher {
         request.id = id.as_str().to_owned();
         request.signal = u32::try_from(signal).map_err(|_| Error::invalid(format!("signal {signal}")))?;
         request.all = all;
-        match pod.client.task::<api::Empty>("Kill", &request).await {
+        // Also after a broken connection: a signal that comes twice does no harm that one lost would not do.
+        match pod.shim.ask(|| pod.client.task::<api::Empty>("Kill", &request)).await {
             // runc's shim says "not found" of an ended process too.
             Err(e) if e.kind == Kind::NotFound && pod.whose == Whose::Foreign => match self.state(pod, id).await? {
                 TaskState::Gone => Err(e),
@@ -94,7 +95,7 @@ impl ShimLauncher {
     pub(super) async fn wait(&self, pod: &Pod, id: &ContainerId) -> Result<(i32, i64)> {
         let mut request = api::WaitRequest::new();
         request.id = id.as_str().to_owned();
-        let answer: api::WaitResponse = pod.client.task_unbounded("Wait", &request).await?;
+        let answer: api::WaitResponse = pod.shim.ask(|| pod.client.task_unbounded("Wait", &request)).await?;
         if pod.whose == Whose::Foreign {
             foreign::drain(pod, id).await;
         }
@@ -104,7 +105,7 @@ impl ShimLauncher {
     pub(super) async fn state(&self, pod: &Pod, id: &ContainerId) -> Result<TaskState> {
         let mut request = api::StateRequest::new();
         request.id = id.as_str().to_owned();
-        let answer: api::StateResponse = match pod.client.task("State", &request).await {
+        let answer: api::StateResponse = match pod.shim.ask(|| pod.client.task("State", &request)).await {
             Err(e) if e.kind == Kind::NotFound => return Ok(TaskState::Gone),
             answer => answer?,
         };
@@ -112,7 +113,7 @@ impl ShimLauncher {
             api::Status::CREATED => TaskState::Created { pid: answer.pid },
             api::Status::RUNNING | api::Status::PAUSED | api::Status::PAUSING => TaskState::Running { pid: answer.pid },
             api::Status::STOPPED => TaskState::Exited { code: code(answer.exit_status), at: nanoseconds(answer.exited_at.as_ref()) },
-            api::Status::UNKNOWN => return Err(Error::new(Kind::Unavailable, format!("shim does not know the state of container {}", id.short()))),
+            api::Status::UNKNOWN => return Err(Error::internal(format!("shim does not know the state of container {}", id.short()))),
         })
     }
 
@@ -184,7 +185,8 @@ impl ShimLauncher {
 async fn delete_or_kill(launcher: &ShimLauncher, pod: &Arc<Pod>, id: &ContainerId) -> Result<()> {
     let mut request = api::DeleteRequest::new();
     request.id = id.as_str().to_owned();
-    match pod.client.task::<api::DeleteResponse>("Delete", &request).await {
+    let delete = async || pod.shim.ask(|| pod.client.task::<api::DeleteResponse>("Delete", &request)).await;
+    match delete().await {
         // It runs still (runc's shim and ours word it differently, so the state is asked for).
         Err(e) if !matches!(e.kind, Kind::NotFound | Kind::Unavailable) => {
             tracing::debug!(container = %id, error = %e, "delete again");
@@ -193,7 +195,7 @@ async fn delete_or_kill(launcher: &ShimLauncher, pod: &Arc<Pod>, id: &ContainerI
             }
             // Also for one that was ending just then.
             launcher.wait(pod, id).await?;
-            pod.client.task::<api::DeleteResponse>("Delete", &request).await.map(drop)
+            delete().await.map(drop)
         }
         result => result.map(drop),
     }

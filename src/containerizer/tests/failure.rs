@@ -247,6 +247,30 @@ async fn a_shim_that_dies_ends_its_containers_and_the_pod() {
 }
 
 #[tokio::test]
+async fn a_shim_that_cannot_say_how_a_container_ended_while_it_runs_costs_it_nothing() {
+    let bench = Bench::new();
+    let pod = bench.pod("a").await;
+    for kind in [Kind::Internal, Kind::DeadlineExceeded] {
+        bench.world.fail_late("wait_task", kind);
+        let id = bench.running(&pod, &format!("{kind:?}")).await;
+        let (asked, deleted) = (bench.world.count("task_state"), bench.world.count("delete_task"));
+        bench.world.reached("task_state", asked + 5).await;
+        bench.world.fail("task_state", kind);
+        bench.world.reached("task_state", asked + 6).await;
+        assert!(matches!(bench.container(&id).phase, ContainerPhase::Running { .. }), "{:?}", bench.container(&id).phase);
+        assert_eq!(bench.world.count("delete_task"), deleted);
+        for call in ["wait_task", "task_state"] {
+            bench.world.heal(call);
+        }
+        bench.world.exit(&id, 42);
+        assert_eq!(bench.exited(&id).await.0, 42);
+        bench.engine.remove_container(id.as_str()).await.unwrap();
+    }
+    bench.engine.remove_pod(pod.as_str()).await.unwrap();
+    bench.assert_empty();
+}
+
+#[tokio::test]
 async fn a_hung_shim_does_not_stop_the_pod_from_being_removed() {
     let bench = Bench::new();
     let pod = bench.pod("a").await;

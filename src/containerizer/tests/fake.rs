@@ -305,6 +305,7 @@ impl Launcher for FakeLauncher {
 
     async fn wait_task(&self, pod: &PodId, id: &ContainerId) -> Result<(i32, i64)> {
         let mut alive = self.shim(pod)?;
+        self.0.answer("wait_task")?;
         let mut state = self.0.task(id).ok_or_else(|| Error::not_found("no such task"))?;
         tokio::select! {
             biased;
