@@ -168,3 +168,34 @@ async fn a_terminal_and_input() {
     node.remove_all_pods().await;
     node.finish();
 }
+
+/// The first process ends, another one holds its output until the container is deleted, or even longer; nothing of what was written
+/// is lost then.
+#[tokio::test(flavor = "current_thread")]
+async fn an_unfinished_last_line_is_in_the_log_of_a_container_that_leaves_processes_behind() {
+    let node = Node::start().await;
+    node.pull().await;
+    let mut config = pod(&node, "line");
+    config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut().unwrap().pid = api::NamespaceMode::Pod.into();
+    let id = node.run_pod(&config).await.unwrap();
+    for held in [false, true] {
+        let script = "sleep 1000 & printf done; printf error >&2; trap 'exit 0' TERM; while :; do sleep 0.02; done";
+        let mut container = shell(if held { "held" } else { "free" }, script);
+        container.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut().unwrap().pid = api::NamespaceMode::Pod.into();
+        let container = node.launch(&id, &config, &container).await;
+        let pid = node.process_of(&container).await.unwrap().0;
+        // Somebody whom the container's end does not end has them open: there is no end of file.
+        let holders: Vec<_> = (1..=2).filter(|_| held).map(|fd| std::fs::File::options().append(true).open(format!("/proc/{pid}/fd/{fd}")).unwrap()).collect();
+        node.stop_container(&container, 20).await.unwrap();
+        let status = node.wait_exit(&container).await;
+        assert_eq!(status.exit_code, 0, "{status:?}");
+        node.remove_container(&container).await.unwrap();
+        let text = std::fs::read_to_string(&status.log_path).unwrap();
+        let mut lines: Vec<_> = text.lines().map(|line| line.split_once(' ').unwrap().1).collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["stderr P error", "stdout P done"], "held: {held}; {text:?}");
+        drop(holders);
+    }
+    node.remove_all_pods().await;
+    node.finish();
+}

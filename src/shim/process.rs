@@ -1,7 +1,7 @@
 //! A process the shim has forked: reaped by its pidfd, which existed before the process ran, so no exit can be missed.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 
-use super::io::{Input, Running, watched};
+use super::io::{Input, Running, Tap, watched};
 use crate::model::error::{Act, Result};
 use crate::stdx::clock::now_ns;
 use crate::stdx::failpoint;
@@ -50,6 +50,7 @@ pub struct Process {
     done: Arc<Outcome>,
     input: Mutex<Input>,
     pumps: Vec<AbortHandle>,
+    taps: Vec<Weak<Tap>>,
 }
 
 impl Process {
@@ -60,7 +61,7 @@ impl Process {
     /// # Errors
     /// When the pidfd cannot be watched.
     pub fn watch(pid: u32, pidfd: OwnedFd, mounts: Option<OwnedFd>, running: Running, done: Arc<Outcome>) -> Result<Arc<Self>> {
-        let Running { pumps, keepers, input, console, log: _ } = running;
+        let Running { pumps, taps, keepers, input, console, log: _ } = running;
         let process = Arc::new(Self {
             pid,
             console,
@@ -69,6 +70,7 @@ impl Process {
             done,
             input: Mutex::new(input),
             pumps: pumps.iter().map(JoinHandle::abort_handle).collect(),
+            taps,
         });
         tokio::spawn(supervise(process.clone(), mounts, pumps, keepers));
         Ok(process)
@@ -97,9 +99,10 @@ impl Process {
         self.input.lock().unwrap_or_else(PoisonError::into_inner).close();
     }
 
-    /// Nobody wants its streams any more.
+    /// Nobody wants its streams any more. What it and those around it wrote into a log before they died is written down.
     pub fn abandon_streams(&self) {
         self.close_input();
+        self.taps.iter().filter_map(Weak::upgrade).for_each(|tap| tap.last());
         self.pumps.iter().for_each(AbortHandle::abort);
     }
 }

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -24,9 +24,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
+pub use pump::Tap;
+
 use crate::init;
 use crate::model::error::{Act, Error, Result};
-use crate::stdx::crilog::{self, Framer, LogFile, Stream};
+use crate::stdx::crilog::{self, LogFile, Stream};
 
 /// A log file shared by the pumps of one container.
 pub type Log = Arc<Mutex<LogFile>>;
@@ -46,7 +48,7 @@ pub struct Addresses {
 
 /// The shim's side of a process's streams, before the process exists.
 pub struct Ends {
-    pumps: Vec<(OwnedFd, Framer)>,
+    pumps: Vec<(OwnedFd, Stream)>,
     log: Option<Log>,
     /// Held while the process lives.
     keepers: Vec<OwnedFd>,
@@ -60,6 +62,8 @@ pub struct Ends {
 pub struct Running {
     /// End when the output has ended.
     pub pumps: Vec<JoinHandle<()>>,
+    /// Those of them that go into a log, while they have not ended.
+    pub taps: Vec<Weak<Tap>>,
     /// Dropped when the process has ended.
     pub keepers: Vec<OwnedFd>,
     /// What [`Input::close`] closes.
@@ -128,7 +132,7 @@ impl Ends {
         if address.starts_with(crilog::SCHEME) {
             let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).act("make", "pipe")?;
             rustix::io::ioctl_fionbio(&ours, true).act("set non-blocking", "pipe")?;
-            self.pumps.push((ours, Framer::new(stream)));
+            self.pumps.push((ours, stream));
             return Ok(Some(theirs));
         }
         let path = address.strip_prefix("file://").unwrap_or(address);
@@ -143,11 +147,11 @@ impl Ends {
     /// # Errors
     /// When a descriptor cannot be watched.
     pub fn run(self, console: Option<OwnedFd>) -> Result<Running> {
-        let mut running = Running { pumps: Vec::new(), keepers: self.keepers, input: Input::default(), console: None, log: self.log };
-        if let Some(log) = &running.log {
-            for (source, framer) in self.pumps {
+        let mut running = Running { pumps: Vec::new(), taps: Vec::new(), keepers: self.keepers, input: Input::default(), console: None, log: self.log.clone() };
+        if let Some(log) = &self.log {
+            for (source, stream) in self.pumps {
                 let source = Arc::new(watched(source, Interest::READABLE, "pipe")?);
-                running.pumps.push(tokio::spawn(pump::to_log(source, framer, log.clone())));
+                running.tap(Tap::new(source, stream, log.clone()));
             }
         }
         let Some(console) = console else {
@@ -156,18 +160,24 @@ impl Ends {
         };
         rustix::io::ioctl_fionbio(&console, true).act("set non-blocking", "terminal")?;
         let console = Arc::new(watched(console, Interest::READABLE | Interest::WRITABLE, "terminal")?);
-        let screen = match (&running.log, self.screen) {
-            (Some(log), _) => tokio::spawn(pump::to_log(console.clone(), Framer::new(Stream::Stdout), log.clone())),
-            (None, Some(screen)) => tokio::spawn(pump::copy(console.clone(), pump::Target::new(screen)?)),
-            (None, None) => tokio::spawn(pump::discard(console.clone())),
-        };
-        running.pumps.push(screen);
+        match (self.log, self.screen) {
+            (Some(log), _) => running.tap(Tap::new(console.clone(), Stream::Stdout, log)),
+            (None, Some(screen)) => running.pumps.push(tokio::spawn(pump::copy(console.clone(), pump::Target::new(screen)?))),
+            (None, None) => running.pumps.push(tokio::spawn(pump::discard(console.clone()))),
+        }
         if let Some(stdin) = self.stdin {
             let stdin = Arc::new(watched(stdin, Interest::READABLE, "standard input")?);
             running.input.typist = Some(tokio::spawn(pump::copy(stdin, pump::Target::Watched(console.clone()))));
         }
         running.console = Some(console);
         Ok(running)
+    }
+}
+
+impl Running {
+    fn tap(&mut self, tap: Arc<Tap>) {
+        self.taps.push(Arc::downgrade(&tap));
+        self.pumps.push(tokio::spawn(pump::to_log(tap)));
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
 use tokio::io::Interest;
@@ -12,13 +12,16 @@ use tokio::io::unix::AsyncFd;
 use super::Log;
 use crate::model::error::{Act, Result};
 use crate::stdx::clock::now_ns;
-use crate::stdx::crilog::{Batch, Framer};
+use crate::stdx::crilog::{Batch, Framer, Stream};
 use crate::sys::pages::Pages;
 
 /// Bytes read at once: all that a pipe holds by default.
 const READ: usize = 64 * 1024;
 /// Bytes written at once: a full read of lines of ordinary length with their frames.
 const WRITE: usize = 128 * 1024;
+/// Reads in which what was written before a death is taken: as much as the largest pipe holds that needs no privilege. Somebody
+/// outside of the container who goes on writing is not waited for.
+const LAST_READS: usize = 16;
 /// Bytes copied at once between terminal and fifo; people type and read slowly.
 const COPY: usize = 4096;
 /// Use beyond which the buffers are worth giving back: two pages are the price of being ready.
@@ -42,10 +45,59 @@ enum Moved {
     End,
 }
 
-/// Writes everything from `source` into the log until it ends.
-pub async fn to_log(source: Arc<AsyncFd<OwnedFd>>, mut framer: Framer, log: Log) {
-    while let Ok(mut ready) = source.ready(Interest::READABLE).await {
-        match log_once(source.get_ref(), &mut framer, &log) {
+/// One output on its way into the log. It belongs to its pump; whoever ends the process may take the last of it himself.
+pub struct Tap {
+    source: Arc<AsyncFd<OwnedFd>>,
+    framer: Mutex<Framer>,
+    log: Log,
+}
+
+impl Tap {
+    /// Nothing has passed through it yet.
+    pub fn new(source: Arc<AsyncFd<OwnedFd>>, stream: Stream, log: Log) -> Arc<Self> {
+        Arc::new(Self { source, framer: Mutex::new(Framer::new(stream)), log })
+    }
+
+    /// Writes into the log what is there by now, and the unfinished line: those who wrote it are gone. Waits for nothing.
+    pub fn last(&self) {
+        for _ in 0..LAST_READS {
+            if !matches!(self.once(), Moved::Bytes(_)) {
+                break;
+            }
+        }
+        with_scratch(|scratch| {
+            let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut batch = Batch::new(scratch.write.bytes(), &mut log, now_ns());
+            self.framer.lock().unwrap_or_else(PoisonError::into_inner).finish(&mut batch);
+        });
+        release();
+    }
+
+    fn once(&self) -> Moved {
+        let moved = with_scratch(|scratch| {
+            let moved = read(self.source.get_ref(), scratch.read.bytes());
+            let mut framer = self.framer.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut batch = Batch::new(scratch.write.bytes(), &mut log, now_ns());
+            match moved {
+                Moved::Bytes(n) => {
+                    scratch.high = scratch.high.max(n);
+                    framer.push(&scratch.read.bytes()[..n], &mut batch);
+                }
+                Moved::End => framer.finish(&mut batch),
+                Moved::NotNow => {}
+            }
+            moved
+        });
+        // No memory: the pipe is left full until there is some, the process waits.
+        moved.unwrap_or(Moved::NotNow)
+    }
+}
+
+/// Writes everything into the log until it ends.
+pub async fn to_log(tap: Arc<Tap>) {
+    while let Ok(mut ready) = tap.source.ready(Interest::READABLE).await {
+        match tap.once() {
             // A stream that fills the buffer each time must not starve the requests.
             Moved::Bytes(READ) => tokio::task::yield_now().await,
             Moved::Bytes(_) => {}
@@ -59,28 +111,14 @@ pub async fn to_log(source: Arc<AsyncFd<OwnedFd>>, mut framer: Framer, log: Log)
     release();
 }
 
-fn log_once(source: &OwnedFd, framer: &mut Framer, log: &Log) -> Moved {
+/// The buffers, made when they are first wanted; `None` without memory.
+fn with_scratch<T>(work: impl FnOnce(&mut Scratch) -> T) -> Option<T> {
     SCRATCH.with_borrow_mut(|scratch| {
         let scratch = match scratch {
             Some(scratch) => scratch,
-            None => match (Pages::map(READ), Pages::map(WRITE)) {
-                (Ok(read), Ok(write)) => scratch.insert(Scratch { read, write, high: 0 }),
-                // No memory: the pipe is left full until there is some, the process waits.
-                _ => return Moved::NotNow,
-            },
+            None => scratch.insert(Scratch { read: Pages::map(READ).ok()?, write: Pages::map(WRITE).ok()?, high: 0 }),
         };
-        let moved = read(source, scratch.read.bytes());
-        let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut batch = Batch::new(scratch.write.bytes(), &mut log, now_ns());
-        match moved {
-            Moved::Bytes(n) => {
-                scratch.high = scratch.high.max(n);
-                framer.push(&scratch.read.bytes()[..n], &mut batch);
-            }
-            Moved::End => framer.finish(&mut batch),
-            Moved::NotNow => {}
-        }
-        moved
+        Some(work(scratch))
     })
 }
 
