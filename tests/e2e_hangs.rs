@@ -233,6 +233,36 @@ async fn a_process_that_does_not_die_holds_up_nobody_but_its_container() {
     node.finish();
 }
 
+/// On v1 a command joins the container's cgroups late: one that hangs before, looking for its user's home, is not found there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_in_the_making_ends_with_its_container_on_v1() {
+    host::enter_private_namespaces();
+    host::v1_alone();
+    let mut node = Node::here("");
+    node.start_registry();
+    node.start_daemon(&[]);
+    node.pull().await;
+    let config = shared_pod(&node, "v1");
+    let id = node.run_pod(&config).await.unwrap();
+    let volume = Volume::make(&node);
+    let mut container = shared(volume.container("stuck", "exec sleep 1000"));
+    container.working_dir = String::new();
+    (container.mounts[0].container_path, container.mounts[0].host_path) = ("/etc".to_owned(), volume.work().to_string_lossy().into_owned());
+    let stuck = node.launch(&id, &config, &container).await;
+    let dead = DeadServer::mount(&volume.work());
+    let hanging = exec_true(&node, &stuck);
+    host::wait_until("a command hangs in the dead file system", waits_for_dead_server);
+    node.stop_container(&stuck, 1).await.unwrap();
+    node.remove_container(&stuck).await.unwrap();
+    host::wait_until("the command is dead", || !waits_for_dead_server());
+    assert!(hanging.await.unwrap().is_err());
+    assert_eq!(node.pod_status(&id).await.unwrap().state(), api::PodSandboxState::SandboxReady);
+    node.remove_all_pods().await;
+    drop(dead);
+    volume.unmount();
+    node.finish();
+}
+
 /// Whether a process that a shim of this node is making sleeps in FUSE.
 fn waits_for_dead_server() -> bool {
     let shims = host::shims();

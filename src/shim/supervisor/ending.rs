@@ -92,11 +92,10 @@ impl Supervisor {
             Status::Created => Exit { code: NEVER_RAN, at: now_ns() },
             Status::Running | Status::Paused => return Err(Error::precondition(format!("exec {exec} of container {id} is running"))),
         };
-        let process = container.execs.remove(exec).and_then(|exec| exec.process);
-        if let Some(process) = &process {
-            process.abandon_streams();
-        }
-        Ok((process.map_or(0, |p| p.pid), exit))
+        found.abandon();
+        let pid = found.process.as_ref().map_or(0, |process| process.pid);
+        container.execs.remove(exec);
+        Ok((pid, exit))
     }
 
     /// Kills everything in every container; the records stay until they are deleted.
@@ -127,15 +126,17 @@ impl Table {
         failpoint::hit("shim.delete.removed");
         if let Some(container) = self.containers.remove(id) {
             container.process.abandon_streams();
-            container.execs.values().filter_map(|exec| exec.process.as_ref()).for_each(|process| process.abandon_streams());
+            container.execs.values().for_each(Exec::abandon);
         }
         Ok(None)
     }
 }
 
 impl Container {
-    /// Sends SIGKILL to all processes: the first one, then whatever is left in the cgroup.
+    /// Sends SIGKILL to all processes: the first one, then whatever is left in the cgroup. Execs in the making are given up: they join
+    /// the cgroups of v1 last.
     fn kill_everything(&self) -> Result<()> {
+        self.execs.values().filter(|exec| exec.is_starting()).for_each(Exec::give_up);
         self.process.signal(libc::SIGKILL)?;
         match &self.cgroup {
             Some(cgroup) => Manager::open(&cgroup.path)?.strike(),
@@ -145,9 +146,24 @@ impl Container {
 }
 
 impl Exec {
+    /// Whether its start is under way.
+    fn is_starting(&self) -> bool {
+        self.starting.is_some() && self.status() == Status::Created
+    }
+
+    /// Nobody will ask for it any more.
+    fn abandon(&self) {
+        match &self.process {
+            Some(process) => process.abandon_streams(),
+            None => self.give_up(),
+        }
+    }
+
     /// It is not to run any more; who waits for it is told.
     fn give_up(&self) {
-        self.done.send_replace(Some(Exit { code: NEVER_RAN, at: now_ns() }));
+        if self.status() == Status::Created {
+            self.done.send_replace(Some(Exit { code: NEVER_RAN, at: now_ns() }));
+        }
         if let Some(starting) = &self.starting {
             starting.notify_one();
         }
