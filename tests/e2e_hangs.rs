@@ -233,6 +233,50 @@ async fn a_process_that_does_not_die_holds_up_nobody_but_its_container() {
     node.finish();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_that_hangs_in_the_making_does_not_hold_up_the_end_of_its_pod() {
+    let node = Node::start().await;
+    node.pull().await;
+    let volume = Volume::make(&node);
+    // First while it is made (its working directory is made then), then at its start (where the program lies).
+    for at_start in [false, true] {
+        let config = pod(&node, if at_start { "start" } else { "create" });
+        let id = node.run_pod(&config).await.unwrap();
+        let mut container = volume.container("stuck", "exec sleep 1000");
+        let mut created = None;
+        if at_start {
+            std::fs::write(volume.work().join("program"), "").unwrap();
+            container.working_dir = String::new();
+            container.command = vec!["/volume/work/program".to_owned()];
+            created = Some(node.create(&id, &config, &container).await.unwrap());
+        }
+        let dead = DeadServer::mount(&volume.work());
+        let (mut runtime, pod_sandbox_id, sandbox_config) = (node.runtime(), id.clone(), config.clone());
+        let making = tokio::spawn(async move {
+            match created {
+                Some(container_id) => runtime.start_container(api::StartContainerRequest { container_id }).await.map(drop),
+                None => {
+                    let request = api::CreateContainerRequest { pod_sandbox_id, config: Some(container), sandbox_config: Some(sandbox_config) };
+                    runtime.create_container(request).await.map(drop)
+                }
+            }
+        });
+        host::wait_until("a container hangs in the dead file system", waits_for_dead_server);
+        let begun = Instant::now();
+        node.stop_pod(&id).await.unwrap();
+        assert!(begun.elapsed() < SOON, "at start: {at_start}; {:?}", begun.elapsed());
+        // One that is killed on the way to its program counts as started, and has ended by that.
+        assert!(making.await.unwrap().is_err() || at_start);
+        let containers = node.containers().await;
+        assert!(containers.iter().all(|c| c.state() == api::ContainerState::ContainerExited) && (containers.len() == 1) == at_start, "{containers:?}");
+        host::wait_until("nothing hangs any more", || !waits_for_dead_server());
+        node.remove_pod(&id).await.unwrap();
+        drop(dead);
+    }
+    volume.unmount();
+    node.finish();
+}
+
 /// On v1 a command joins the container's cgroups late: one that hangs before, looking for its user's home, is not found there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_in_the_making_ends_with_its_container_on_v1() {

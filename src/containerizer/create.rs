@@ -3,10 +3,13 @@
 //! is shown (pod `NotReady`, container `Exited`), so that the caller's stop and remove can finish it.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use oci_spec::runtime::LinuxNamespaceType;
+use tokio::sync::watch;
 use tracing::{Instrument, Span};
 
 use super::lane::Job;
@@ -31,6 +34,10 @@ use crate::stdx::{blocking, clock, failpoint};
 
 /// Stop signal when neither container nor image name one.
 const SIGTERM: i32 = 15;
+/// What ends a creation that hangs in the kernel.
+const SIGKILL: i32 = 9;
+/// Pause between two requests to give up a creation: it ends at once when the shim knows of it.
+const GIVE_UP_PAUSE: Duration = Duration::from_millis(100);
 
 /// Joined undo failures as a step's own failure.
 fn all(failures: Vec<String>) -> Result<(), String> {
@@ -304,9 +311,9 @@ impl Owner {
 }
 
 /// Acquires everything a container needs; the counterpart of `acquire_pod`. Runs in the pod's lane.
-pub(super) async fn acquire_container(parts: Arc<Parts>, pod: Arc<Pod>, order: Order) -> Result<(Container, Basis), Failed> {
+pub(super) async fn acquire_container(parts: Arc<Parts>, pod: Arc<Pod>, order: Order, given_up: watch::Receiver<bool>) -> Result<(Container, Basis), Failed> {
     let mut undo = Undo::default();
-    match container_steps(&parts, &pod, &order, &mut undo).await {
+    match container_steps(&parts, &pod, &order, given_up, &mut undo).await {
         Ok(made) => {
             undo.commit();
             Ok(made)
@@ -332,7 +339,13 @@ pub(super) async fn acquire_container(parts: Arc<Parts>, pod: Arc<Pod>, order: O
     }
 }
 
-async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo: &mut Undo) -> Result<(Container, Basis)> {
+async fn container_steps(
+    parts: &Arc<Parts>,
+    pod: &Arc<Pod>,
+    order: &Order,
+    mut given_up: watch::Receiver<bool>,
+    undo: &mut Undo,
+) -> Result<(Container, Basis)> {
     let container = &order.container;
     let sandbox = pod.sandbox.as_ref().ok_or_else(|| Error::precondition(format!("create container in pod {}: it has no sandbox", pod.id)))?;
     let (layout, record) = (parts.layout.clone(), container.clone());
@@ -392,7 +405,12 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
         deleted.map_err(|e| e.to_string())
     });
     let creating = parts.launcher.create_task(&pod.id, &container.id, &launch);
-    let pid = creating.instrument(step_span!("create_task", pod.id, container.id)).await?;
+    let creating = creating.instrument(step_span!("create_task", pod.id, container.id));
+    let pid = tokio::select! {
+        biased;
+        pid = creating => pid?,
+        never = give_up(parts, container, &mut given_up) => match never {},
+    };
     failpoint::hit("create_container.launched");
     if !image_volumes.is_empty() {
         // The container has bound them; a mount that stays goes with the container.
@@ -407,6 +425,21 @@ async fn container_steps(parts: &Arc<Parts>, pod: &Arc<Pod>, order: &Order, undo
     record_container(parts, &created).await?;
     failpoint::hit("create_container.created");
     Ok((created, Basis { image: order.image.clone(), rootfs: Arc::new(rootfs) }))
+}
+
+/// Ends the making of a container that is wanted no more; the making itself says what came of it. A request that comes before that of
+/// the making finds nothing, so it is repeated.
+async fn give_up(parts: &Parts, container: &Container, given_up: &mut watch::Receiver<bool>) -> Infallible {
+    if given_up.wait_for(|given_up| *given_up).await.is_err() {
+        // Nobody is left who could want its end.
+        return std::future::pending().await;
+    }
+    loop {
+        if let Err(error) = parts.limited("give up container", parts.launcher.kill_task(&container.pod, &container.id, SIGKILL, true)).await {
+            tracing::debug!(container = %container.id, %error, "the shim does not make it yet, or not any more");
+        }
+        tokio::time::sleep(GIVE_UP_PAUSE).await;
+    }
 }
 
 fn image_ref(image: &crate::model::image::Image) -> String {

@@ -6,6 +6,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
+use tokio::sync::watch;
 use tracing::{Instrument, Span};
 
 use super::create::{self, Failed, Order};
@@ -70,6 +71,8 @@ impl Done {
 pub(super) struct Lane {
     queue: VecDeque<(Span, Job)>,
     busy: bool,
+    /// Whether the creation under way is wanted no more.
+    given_up: watch::Sender<bool>,
 }
 
 impl Lane {
@@ -83,8 +86,9 @@ impl Lane {
         !self.busy && self.queue.is_empty()
     }
 
-    /// Takes queued creations out: the pod is being stopped.
+    /// Takes queued creations out and gives up the one under way: the pod is being stopped.
     pub(super) fn drain_creations(&mut self) -> Vec<Order> {
+        self.given_up.send_replace(true);
         let (mut orders, mut kept) = (Vec::new(), VecDeque::new());
         for (cause, job) in self.queue.drain(..) {
             match job {
@@ -114,7 +118,9 @@ impl Owner {
                 let name = order.container.spec.metadata.clone();
                 let broken = Done::Created(name.clone(), Box::new(Err((panicked("create container"), None))));
                 let span = act_span!("container.make", pod.id, order.container.id);
-                self.spawn_job(async move { Done::Created(name, Box::new(create::acquire_container(parts, pod, *order).await)) }, span, broken);
+                self.lane.given_up.send_replace(false);
+                let given_up = self.lane.given_up.subscribe();
+                self.spawn_job(async move { Done::Created(name, Box::new(create::acquire_container(parts, pod, *order, given_up).await)) }, span, broken);
             }
             Job::Update(id, resources, reply) => {
                 let Some((container, basis)) = self.slots.get(&id).map(|s| (s.container.clone(), s.basis.clone())) else {

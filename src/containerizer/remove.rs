@@ -125,8 +125,9 @@ impl Owner {
     }
 
     async fn advance_ending(&mut self) {
-        let running: Vec<_> = self.slots.iter().filter(|(_, s)| s.is_running() && !s.killing && !s.unkillable).map(|(id, _)| id.clone()).collect();
-        for id in running {
+        // One that is being started may hang in that; the start then says what came of it.
+        let alive = self.slots.iter().filter(|(_, s)| (s.is_running() || s.starting.is_some()) && !s.killing && !s.unkillable);
+        for id in alive.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
             self.kill(&id);
         }
         let quiet = self.slots.values().all(|s| (!s.is_running() || s.unkillable) && s.starting.is_none() && s.task != Task::Deleting);

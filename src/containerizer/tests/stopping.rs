@@ -167,6 +167,38 @@ async fn a_stop_during_a_start_acts_after_it() {
 }
 
 #[tokio::test]
+async fn the_end_of_a_pod_waits_for_no_start_and_no_creation_that_hangs() {
+    for call in ["start_task", "create_task"] {
+        let bench = Bench::new();
+        let pod = bench.pod("a").await;
+        bench.world.hold(call);
+        let making = tokio::spawn({
+            let id = if call == "start_task" { Some(bench.created(&pod, "c").await) } else { None };
+            let (engine, spec) = (bench.engine.clone(), container_spec("c"));
+            let pod = pod.clone();
+            async move {
+                match id {
+                    Some(id) => engine.start_container(id.as_str()).await,
+                    None => engine.create_container(pod.as_str(), spec).await.map(drop),
+                }
+            }
+        });
+        bench.world.reached(call, 1).await;
+        let stop = tokio::spawn({
+            let (engine, pod) = (bench.engine.clone(), pod.clone());
+            async move { engine.remove_pod(pod.as_str()).await }
+        });
+        // A creation is given up again and again: the shim may hear of it later.
+        bench.world.reached("kill_task", if call == "create_task" { 2 } else { 1 }).await;
+        assert!(!making.is_finished() && !stop.is_finished());
+        bench.world.open(call);
+        let _ = making.await.unwrap();
+        stop.await.unwrap().unwrap();
+        bench.assert_empty();
+    }
+}
+
+#[tokio::test]
 async fn what_cannot_be_killed_is_an_error_and_can_be_tried_again() {
     let bench = Bench::new();
     let pod = bench.pod("a").await;
