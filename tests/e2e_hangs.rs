@@ -379,6 +379,41 @@ async fn a_shim_that_stalls_for_a_while_loses_nothing() {
     node.finish();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stalled_shim_delays_no_time_out_and_ends_the_command_later() {
+    let node = Node::start().await;
+    node.pull().await;
+    let config = pod(&node, "late");
+    let id = node.run_pod(&config).await.unwrap();
+    let container = node.launch(&id, &config, &shell("c", "exec sleep 1000")).await;
+    let shim = parent_of(node.process_of(&container).await.unwrap().0);
+    // Lengths of sleep that no other process has.
+    let (running, unborn) = (40_000_000 + std::process::id(), 50_000_000 + std::process::id());
+    let probe = |length: u32, timeout: i64| {
+        let (mut runtime, container_id) = (node.runtime(), container.clone());
+        let cmd = vec!["sleep".to_owned(), length.to_string()];
+        tokio::spawn(async move { runtime.exec_sync(api::ExecSyncRequest { container_id, cmd, timeout }).await })
+    };
+    let begun = Instant::now();
+    let first = probe(running, 3);
+    host::wait_until("the first command runs", || host::has_process(&running.to_string()));
+    kill(Pid::from_raw(shim), Signal::SIGSTOP).unwrap();
+    let second = probe(unborn, 1);
+    for overdue in [first, second] {
+        let error = overdue.await.unwrap().unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
+    assert!(host::has_process(&running.to_string()), "nobody but the shim could have ended it");
+    kill(Pid::from_raw(shim), Signal::SIGCONT).unwrap();
+    host::wait_until("the first command is gone", || !host::has_process(&running.to_string()));
+    host::wait_until("the shim has forgotten both", || host::run("find", &[node.state().to_str().unwrap(), "-name", "exec-*"]).is_empty());
+    assert!(!host::has_process(&unborn.to_string()), "the second was to end before it began");
+    assert_eq!(node.exec(&container, "echo works", 10).await.unwrap().1, "works\n");
+    node.remove_all_pods().await;
+    node.finish();
+}
+
 fn parent_of(pid: u32) -> i32 {
     parent(&std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap()).unwrap()
 }

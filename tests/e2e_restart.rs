@@ -88,6 +88,32 @@ async fn a_shim_killed_while_no_daemon_runs() {
     node.finish();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_whose_daemon_was_killed_is_ended_by_the_next() {
+    let mut node = Node::start().await;
+    node.pull().await;
+    let config = pod(&node, "probed");
+    let id = node.run_pod(&config).await.unwrap();
+    let container = node.launch(&id, &config, &shell("c", "exec sleep 1000")).await;
+    let length = (40_000_000 + std::process::id()).to_string();
+    let names = |node: &Node| host::run("find", &[node.state().to_str().unwrap(), "-name", "exec-*"]);
+    let call = {
+        let (mut runtime, container_id, cmd) = (node.runtime(), container.clone(), vec!["sleep".to_owned(), length.clone()]);
+        tokio::spawn(async move { runtime.exec_sync(api::ExecSyncRequest { container_id, cmd, timeout: 2 }).await })
+    };
+    host::wait_until("the command runs", || host::has_process(&length));
+    host::wait_until("one name of it is left", || names(&node).lines().count() == 1);
+    node.kill_daemon();
+    assert!(call.await.unwrap().is_err());
+    assert!(host::has_process(&length), "it lives in the shim");
+    node.start_daemon(&[]);
+    host::wait_until("the command is gone", || !host::has_process(&length));
+    host::wait_until("no name is left", || names(&node).is_empty());
+    assert_eq!(node.exec(&container, "echo again", 10).await.unwrap().1, "again\n");
+    node.remove_all_pods().await;
+    node.finish();
+}
+
 async fn pid_of(node: &Node, id: &str) -> i32 {
     node.process_of(id).await.unwrap().0.cast_signed()
 }

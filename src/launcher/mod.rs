@@ -216,6 +216,7 @@ pub trait Launcher: Send + Sync {
     /// the command and all it started.
     ///
     /// # Errors
-    /// `DeadlineExceeded` after the time-out (its processes are dead and reaped then), the failed step when it cannot start.
+    /// `DeadlineExceeded` after the time-out: its processes are dead and reaped then, unless that takes more than a moment (the shim
+    /// stalls, the kernel keeps them) and goes on in the background. The failed step when it cannot start.
     async fn exec_sync(&self, pod: &PodId, id: &ContainerId, exec: &ExecSpec) -> Result<ExecOutput>;
 }

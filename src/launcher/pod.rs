@@ -69,11 +69,23 @@ impl ShimProcess {
     ///
     /// # Errors
     /// `Unavailable` when the shim has ended, and only then; whatever else `request` fails with.
-    pub async fn ask<A, F: Future<Output = Result<A>>>(&self, mut request: impl FnMut() -> F) -> Result<A> {
+    pub async fn ask<A, F: Future<Output = Result<A>>>(&self, request: impl FnMut() -> F) -> Result<A> {
+        self.again(&[Kind::Unavailable], request).await
+    }
+
+    /// The same, and also for as long as no answer comes in time: for work that nobody waits for and that must be done in the end.
+    ///
+    /// # Errors
+    /// As [`ShimProcess::ask`], and never `DeadlineExceeded` while the shim lives.
+    pub async fn insist<A, F: Future<Output = Result<A>>>(&self, request: impl FnMut() -> F) -> Result<A> {
+        self.again(&[Kind::Unavailable, Kind::DeadlineExceeded], request).await
+    }
+
+    async fn again<A, F: Future<Output = Result<A>>>(&self, no_answer: &[Kind], mut request: impl FnMut() -> F) -> Result<A> {
         let mut pause = PAUSE;
         loop {
             match request().await {
-                Err(e) if e.kind == Kind::Unavailable => {
+                Err(e) if no_answer.contains(&e.kind) => {
                     if tokio::time::timeout(pause, self.ended()).await.is_ok() {
                         return Err(e);
                     }

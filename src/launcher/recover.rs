@@ -58,6 +58,8 @@ impl ShimLauncher {
                 super::foreign::reattach_log(&pod, &container, &self.layout.bundle(id, &container))?;
             }
         }
+        // Before anybody can run new ones.
+        self.end_left_execs(&pod).await;
         self.remember(pod);
         Ok(())
     }

@@ -324,7 +324,7 @@ impl Launcher for ShimLauncher {
     }
 
     async fn exec_sync(&self, pod: &PodId, id: &ContainerId, exec: &ExecSpec) -> Result<ExecOutput> {
-        match async { self.exec(&*self.pod(pod)?, id, exec).await }.await {
+        match async { self.exec(&self.pod(pod)?, id, exec).await }.await {
             // This one names it.
             Err(e) if e.kind == Kind::DeadlineExceeded => Err(e),
             result => about("run a command in", id, result),

@@ -10,6 +10,7 @@ use super::pod::{Pod, Whose};
 use super::shims::ShimLauncher;
 use super::{TaskLaunch, TaskState, bundle, foreign};
 use crate::cgroups::Manager;
+use crate::disk::Layout;
 use crate::model::error::{Error, Kind, Result};
 use crate::model::image::RootMount;
 use crate::model::resources::Resources;
@@ -173,7 +174,11 @@ impl ShimLauncher {
 
     /// Containers that have a bundle.
     pub(super) fn bundled_containers(&self, pod: &PodId) -> Result<Vec<ContainerId>> {
-        let dir = self.layout.run_pod(pod).join("containers");
+        Self::containers_with_bundle(&self.layout, pod)
+    }
+
+    pub(super) fn containers_with_bundle(layout: &Layout, pod: &PodId) -> Result<Vec<ContainerId>> {
+        let dir = layout.run_pod(pod).join("containers");
         let entries = match std::fs::read_dir(&dir) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.map_err(|e| Error::io(format!("read {}", dir.display()), e))?,

@@ -71,6 +71,13 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Whether a process lives whose last argument is `word`.
+#[allow(dead_code)] // each test file uses its part
+pub fn has_process(word: &str) -> bool {
+    let is_last = |line: &[u8]| line.strip_suffix(b"\0").is_some_and(|line| line.rsplit(|b| *b == 0).next() == Some(word.as_bytes()));
+    std::fs::read_dir("/proc").unwrap().flatten().any(|entry| std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| is_last(&line)))
+}
+
 /// Waits for something that nothing announces (a listening port, a process's end); fails after a long while.
 #[track_caller]
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
