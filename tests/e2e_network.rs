@@ -89,7 +89,7 @@ async fn the_bridge_connects_pods_gateway_and_host() {
     clash.port_mappings = vec![host_port(18080)];
     let error = node.run_pod(&clash).await.unwrap_err();
     assert!(error.message().contains("18080") && error.message().contains(&one), "{error}");
-    assert_eq!(before.difference(&host::Snapshot::take(&node.cgroup)), [""; 0]);
+    assert_eq!(before.left(&node.cgroup), [""; 0]);
     assert_eq!(node.pods().await.len(), 2);
     assert_eq!(says("127.0.0.1:18080"), "one\n", "the first one's port goes on working");
     node.remove_pod(&one).await.unwrap();
@@ -235,7 +235,7 @@ async fn failing_cni_plugins_are_quoted_undone_and_tried_again() {
         assert!(error.message().contains(part), "{part:?} in {error}");
     }
     assert_eq!(calls(), ["ADD", "DEL"]);
-    assert_eq!(before.difference(&host::Snapshot::take(&node.cgroup)), [""; 0]);
+    assert_eq!(before.left(&node.cgroup), [""; 0]);
     assert!(node.pods().await.is_empty());
     // A plugin that says something else than JSON is quoted too.
     std::fs::write(dir.join("fail-ADD"), "Segmentation fault, kind of").unwrap();

@@ -101,6 +101,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         #[test]
         fn never_leaves_the_root(s in "\\PC{0,40}") {
             if let Ok(p) = CgroupPath::new(&s) {

@@ -156,6 +156,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         /// Nothing ever runs again, starts twice, or is entered or changed after its end.
         #[test]
         fn illegal_moves_are_denied(phase in phases(), starting: bool, removing: bool, ask in asks()) {

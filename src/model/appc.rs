@@ -235,6 +235,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         #[test]
         fn never_panics_and_round_trips(text in "[a-z0-9/.~:?&=@%A-F_-]{0,40}", value in "\\PC{1,20}") {
             if let Ok(name) = Name::parse(&text) {

@@ -292,6 +292,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         #[test]
         fn never_panics_and_round_trips(s in "\\PC{0,60}") {
             if let Ok(r) = s.parse::<Reference>() {

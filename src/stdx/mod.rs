@@ -6,4 +6,6 @@ pub mod clock;
 pub mod crilog;
 pub mod failpoint;
 pub mod kernel;
+#[cfg(test)]
+pub mod testing;
 pub mod undo;

@@ -61,17 +61,7 @@ impl Node {
 
     /// With every pod and image removed, the host is what it was `before` and no file of theirs is left. The daemon runs on.
     pub fn nothing_is_left(&self, what: &str, before: &host::Snapshot) {
-        let look = || -> Vec<_> {
-            let left = before.difference(&host::Snapshot::take(&self.cgroup));
-            left.into_iter().filter(|l| !l.starts_with("process") || !l.contains("mesocri daemon")).collect()
-        };
-        // The kernel takes a dead network namespace, and its ends of links with it, apart when it has time.
-        let start = std::time::Instant::now();
-        let mut left = look();
-        while !left.is_empty() && start.elapsed() < std::time::Duration::from_secs(10) {
-            host::pause();
-            left = look();
-        }
+        let left = before.left_but(&self.cgroup, |line| line.starts_with("process") && line.contains("mesocri daemon"));
         assert!(left.is_empty(), "{what}: left behind: {left:#?}\n{}", self.daemon_log());
         for dir in ["root/pods", "root/store/rootfs", "root/store/staging", "root/store/layers", "root/store/damaged", "state/pods", "state/shims"] {
             let names = entries(&self.dir.path().join(dir));

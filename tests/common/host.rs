@@ -10,6 +10,8 @@ use nix::sched::{CloneFlags, unshare};
 
 /// How long an event that must come may take on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long what nobody holds any more may still be seen.
+const LEAVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// Puts the calling thread and its future children into mount and network namespaces of their own: `/` shared within them,
 /// `/run` empty, loopback up, one uplink that ends in itself so that a default route exists.
@@ -135,6 +137,24 @@ impl Snapshot {
     /// What is there now and was not before.
     pub fn difference(&self, now: &Self) -> Vec<String> {
         now.0.difference(&self.0).cloned().collect()
+    }
+
+    /// What stays of that. The kernel takes a dead network namespace, and its ends of links with it, apart when it has time.
+    pub fn left(&self, cgroup: &str) -> Vec<String> {
+        self.left_but(cgroup, |_| false)
+    }
+
+    /// The same without what may stay.
+    pub fn left_but(&self, cgroup: &str, may_stay: impl Fn(&str) -> bool) -> Vec<String> {
+        let start = Instant::now();
+        loop {
+            let mut left = self.difference(&Self::take(cgroup));
+            left.retain(|line| !may_stay(line));
+            if left.is_empty() || start.elapsed() > LEAVE_WITHIN {
+                return left;
+            }
+            pause();
+        }
     }
 }
 

@@ -231,8 +231,7 @@ impl Node {
             registry.wait().unwrap();
         }
         assert!(!log.contains("panicked at"), "the daemon panicked:\n{log}");
-        let after = host::Snapshot::take(&self.cgroup);
-        let left = self.before.difference(&after);
+        let left = self.before.left(&self.cgroup);
         assert!(left.is_empty(), "left behind: {left:#?}\ndaemon log:\n{log}");
         for dir in [
             self.root().join("pods"),

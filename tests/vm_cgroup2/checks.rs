@@ -142,13 +142,15 @@ async fn oom_group_takes_all(b: &mut Bench) {
 
 async fn exec_runs_in_the_group(b: &mut Bench) {
     let pod = b.pod("exec").await;
-    let id = b.launch(&pod, "c", WAIT, api::LinuxContainerResources::default()).await;
+    // One process from its start to its end.
+    let id = b.launch(&pod, "c", "exec sleep 1000", api::LinuxContainerResources::default()).await;
     let group = b.group(&pod, &id);
-    let before = read(&group, "cgroup.procs").lines().count();
+    let processes = || read(&group, "cgroup.procs").lines().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(processes().len(), 1, "{:?}", processes());
     // What it leaves behind stays in the group too.
     let (exit, out, err) = b.node.exec(&id, "cat /proc/self/cgroup; sleep 1000 >/dev/null 2>&1 & echo err >&2; exit 3", 10).await.unwrap();
     assert_eq!((exit, out.as_str(), err.as_str()), (3, "0::/\n", "err\n"));
-    assert!(read(&group, "cgroup.procs").lines().count() > before);
+    assert_eq!(processes().len(), 2, "{:?}", processes());
     b.remove(pod).await;
 }
 

@@ -186,6 +186,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         #[test]
         fn more_shares_never_weigh_less(a in 0u64..300_000, b in 0u64..300_000) {
             let (low, high) = (a.min(b), a.max(b));

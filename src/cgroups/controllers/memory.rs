@@ -231,6 +231,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         #[test]
         fn memory_never_exceeds_memsw_in_between(a in 1u64..1000, b in 0u64..1000, c in 1u64..1000, d in 0u64..1000) {
             prop_assert!(legal(a, a + b, c, c + d));

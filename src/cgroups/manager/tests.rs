@@ -47,6 +47,16 @@ impl Drop for Scratch {
     }
 }
 
+/// Looks again and again at what nothing announces.
+#[track_caller]
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(20), "waited in vain until {what}");
+        nix::poll::poll(&mut [], nix::poll::PollTimeout::from(1u8)).unwrap();
+    }
+}
+
 fn resources() -> Resources {
     Resources {
         cpu_period: Some(50_000),
@@ -180,11 +190,7 @@ fn add_kill_delete() {
     let scratch = Scratch::new("kill");
     let mut one = scratch.sleeper();
     let mut many = scratch.run("for i in 1 2 3; do sleep 1000 & done; wait");
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while scratch.0.procs().unwrap().len() < 5 {
-        assert!(Instant::now() < deadline, "{:?}", scratch.0.procs());
-        std::thread::yield_now();
-    }
+    wait_until("all are in", || scratch.0.procs().unwrap().len() >= 5);
     assert!(scratch.0.procs().unwrap().contains(&one.id()));
     assert!(scratch.0.stats(Detail::Full).unwrap().pids.unwrap() >= 5);
     let e = scratch.0.delete().unwrap_err();
@@ -264,6 +270,8 @@ fn kill_without_v2_reaches_sub_groups_and_outruns_a_fork_loop() {
     let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
     inner.add(sleeper.id()).unwrap();
     assert!(manager.procs().unwrap().contains(&sleeper.id()));
+    // Before the shell has joined there is no loop to outrun, and nobody would ever end it.
+    wait_until("the loop is under way", || manager.procs().unwrap().len() >= 10);
     manager.kill().unwrap();
     child.wait().unwrap();
     sleeper.wait().unwrap();
@@ -340,11 +348,10 @@ fn a_forked_child_joins_by_itself() {
 fn stats_have_numbers() {
     let scratch = Scratch::new("stats");
     let mut child = scratch.run("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec sleep 1000");
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while scratch.0.stats(Detail::Full).unwrap().cpu_usage.unwrap() < 5_000_000 {
-        assert!(Instant::now() < deadline);
-        std::thread::yield_now();
-    }
+    wait_until("the shell, alone in the group, has used the processor", || {
+        let s = scratch.0.stats(Detail::Full).unwrap();
+        s.cpu_usage.unwrap() >= 5_000_000 && s.pids == Some(1)
+    });
     let s = scratch.0.stats(Detail::Full).unwrap();
     assert!(s.at > 0 && s.memory_usage.unwrap() > 0 && s.memory_working_set.unwrap() <= s.memory_usage.unwrap());
     assert!(s.page_faults.is_some() && s.memory_rss.is_some() && s.pids == Some(1) && s.cpu_user.is_some());

@@ -144,6 +144,7 @@ fn environment_replaces_in_place_whatever_its_bytes() {
 }
 
 proptest! {
+    #![proptest_config(crate::stdx::testing::cases(256))]
     /// However the same requests are spread over isolators, all arrive, in the order of asking.
     #[test]
     fn apply_never_loses_or_reorders(sizes in prop::collection::vec(0usize..5, 1..8), depths in prop::collection::vec(1usize..4, 40)) {

@@ -47,6 +47,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #![proptest_config(crate::stdx::testing::cases(256))]
         #[test]
         fn cleaned_names_cannot_leave(path in proptest::collection::vec(prop_oneof![Just(b'.'), Just(b'/'), any::<u8>()], 0..40), target in "[./a-c]{0,20}") {
             if let Ok(clean) = clean(&path) {

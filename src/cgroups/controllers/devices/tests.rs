@@ -68,6 +68,7 @@ fn any_rule() -> impl Strategy<Value = Rule> {
 }
 
 proptest! {
+    #![proptest_config(crate::stdx::testing::cases(256))]
     #[test]
     fn program_does_what_the_rules_say(rules in prop::collection::vec(any_rule(), 0..8), block: bool, major in 0u32..3, minor in 0u32..3, access in 1u32..8) {
         let (node, kind) = if block { (Node::Block, 1) } else { (Node::Char, 2) };

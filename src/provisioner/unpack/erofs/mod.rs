@@ -18,7 +18,7 @@ use std::path::Path;
 
 use format::{BLOCK, Dirent, HOLE, Inode, Layout, ROOT, SLOT};
 use image::Image;
-use nodes::{Dir, Meta, Nodes, ROOT_DIR, What};
+use nodes::{Dir, Meta, Node, Nodes, ROOT_DIR, What};
 
 use super::sink::{Data, Finished, Place, Sink, bad, exhausted, show};
 use super::tar::Entry;
@@ -66,7 +66,8 @@ impl Erofs {
         match &self.parent {
             Some((text, dir)) if text == path => Ok(*dir),
             _ => {
-                let dir = self.nodes.parents(path)?;
+                let links = &mut self.links;
+                let dir = self.nodes.parents(path, &mut |lost| unname(links, lost))?;
                 self.parent = Some((path.to_vec(), dir));
                 Ok(dir)
             }
@@ -89,11 +90,7 @@ impl Erofs {
     fn vacate(&mut self, dir: u32, name: &[u8]) {
         if let Some((node, _)) = self.nodes.find(dir, name) {
             let links = &mut self.links;
-            self.nodes.remove(node, |lost| {
-                if let Some((count, _)) = links.get_mut(&lost.nid) {
-                    *count = count.saturating_sub(1);
-                }
-            });
+            self.nodes.remove(node, |lost| unname(links, lost));
         }
     }
 
@@ -265,6 +262,13 @@ impl Erofs {
             }
         }
         Ok(())
+    }
+}
+
+/// An inode has one name less.
+fn unname(links: &mut BTreeMap<u64, (u32, bool)>, lost: &Node) {
+    if let Some((count, _)) = links.get_mut(&lost.nid) {
+        *count = count.saturating_sub(1);
     }
 }
 

@@ -296,16 +296,17 @@ impl Nodes {
         self.walk(path).map_err(|_| bad("no such directory in this layer"))
     }
 
-    /// Where a path leads; what is missing of it is made, through links that this layer planted.
+    /// Where a path leads; what is missing of it is made, through links that this layer planted. Tells `lost` each whiteout that gives
+    /// way to a directory.
     ///
     /// # Errors
     /// `DataLoss` when a file is in the way or links go in circles, `ResourceExhausted` when the tree is too large.
-    pub fn parents(&mut self, path: &[u8]) -> Result<u32> {
+    pub fn parents(&mut self, path: &[u8], lost: &mut dyn FnMut(&Node)) -> Result<u32> {
         let mut links = 0;
-        self.make_parents(path, &mut links)
+        self.make_parents(path, &mut links, lost)
     }
 
-    fn make_parents(&mut self, path: &[u8], links: &mut usize) -> Result<u32> {
+    fn make_parents(&mut self, path: &[u8], links: &mut usize, lost: &mut dyn FnMut(&Node)) -> Result<u32> {
         match self.walk(path) {
             Ok(dir) => return Ok(dir),
             Err(Miss::Loop) => return Err(bad("too many symbolic links")),
@@ -334,11 +335,11 @@ impl Nodes {
                     }
                     let link = [&self.path(above), b"/".as_slice(), name].concat();
                     let target = follow(&link, self.target(at, length));
-                    self.make_parents(&target, links)?;
+                    self.make_parents(&target, links, lost)?;
                     self.existing(here)?
                 }
                 Some((node, Node { what: What::Whiteout, .. })) => {
-                    self.remove(node, |_| ());
+                    self.remove(node, &mut *lost);
                     let dir = self.make(above, name)?;
                     self.dir(dir)?.opaque = true;
                     dir

@@ -325,10 +325,13 @@ fn entries() -> impl Strategy<Value = Vec<(u8, String, String, usize, u32)>> {
 fn links_lead_to_the_root_and_to_whiteouts() {
     both(&[Item { link: "/..", ..item("b", b'2') }, item("b/.wh..wh..opq", b'0')]);
     both(&[item("l/c/.wh.a", b'0'), Item { link: "l/c/a", ..item("a", b'1') }]);
+    // A whiteout with two names gives way to a directory.
+    both(&[item(".wh.a", b'0'), link("b", b'1', "a"), file("a/x", "")]);
+    both(&[item("d/.wh.a", b'0'), link("b", b'1', "d/a"), link("l", b'2', "d/a/e"), file("l/x", "")]);
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(crate::stdx::testing::cases(300))]
     #[test]
     fn random_layers_agree(entries in entries()) {
         let text = vec![7u8; 20_000];
