@@ -207,7 +207,7 @@ async fn a_pod_with_image_volumes(extra: &str) {
     let seen = "runs\n300000\nhello\nhello\ntool\nsame\nrefused\nrefused\nrefused\n";
     assert_eq!(look(&node).await, seen);
     // The host does not see them, the status says what they are.
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     assert!(!mounts.contains(".volume-"), "{mounts}");
     let status = node.status(&container).await.unwrap();
     let of = |at: &str| status.mounts.iter().find(|m| m.container_path == at).unwrap().clone();

@@ -16,7 +16,7 @@ fn with(backend: &str) -> String {
 
 /// Mounts of the test's own namespace that come from the store.
 fn mounts(node: &Node) -> Vec<String> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let store = node.root().display().to_string();
     table.lines().filter(|l| l.contains(&store) || l.contains(" erofs ")).map(str::to_owned).collect()
 }

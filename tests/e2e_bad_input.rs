@@ -297,7 +297,8 @@ async fn a_daemon_told_to_leave_keeps_its_pods() {
     node.pull().await;
     let config = pod(&node, "stays");
     let id = node.run_pod(&config).await.unwrap();
-    let c = node.launch(&id, &config, &shell("c", "trap 'exit 3' TERM; while :; do sleep 0.05; done")).await;
+    let c = node.launch(&id, &config, &shell("c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done")).await;
+    node.until_printed(&c, "ready").await;
     let before = (node.pod_status(&id).await.unwrap(), node.status(&c).await.unwrap());
     for _ in 0..2 {
         node.terminate_daemon();
@@ -319,6 +320,11 @@ fn small_node(mib: usize) -> Node {
     std::fs::create_dir_all(node.root()).unwrap();
     host::run("mount", &["-o", "loop", &image.display().to_string(), &node.root().display().to_string()]);
     node
+}
+
+/// The file system hands freed blocks out again after its next commit.
+fn free_blocks(node: &Node) {
+    host::run("sync", &["--file-system", &node.root().display().to_string()]);
 }
 
 /// Ends the daemon, looks at the small file system, takes it away and ends the bench.
@@ -373,6 +379,7 @@ async fn a_pull_that_fills_the_disk_leaves_nothing() {
         assert_eq!(common::entries(&node.root().join("store/layers")), [""; 0]);
         assert!(node.images().list_images(api::ListImagesRequest::default()).await.unwrap().into_inner().images.is_empty());
     }
+    free_blocks(&node);
     node.pull().await;
     let config = host_pod(&node, "small");
     let id = node.run_pod(&config).await.unwrap();
@@ -392,7 +399,8 @@ async fn a_full_disk_loses_no_pod() {
     let config = pod(&node, "stays");
     let id = node.run_pod(&config).await.unwrap();
     let runs = node.launch(&id, &config, &shell("runs", "exec sleep 1000")).await;
-    let ends = node.launch(&id, &config, &shell("ends", "trap 'exit 9' TERM; while :; do sleep 0.05; done")).await;
+    let ends = node.launch(&id, &config, &shell("ends", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")).await;
+    node.until_printed(&ends, "ready").await;
 
     // Every block and every byte of slack is taken.
     let ballast = node.root().join("ballast");
@@ -422,8 +430,7 @@ async fn a_full_disk_loses_no_pod() {
     node.remove_container(&runs).await.unwrap();
     drop(file);
     std::fs::remove_file(&ballast).unwrap();
-    // The file system hands freed blocks out again after its next commit.
-    host::run("sync", &["--file-system", &node.root().display().to_string()]);
+    free_blocks(&node);
     let next = node.launch(&id, &config, &shell("next", "exit 4")).await;
     assert_eq!(node.wait_exit(&next).await.exit_code, 4);
     node.remove_all_pods().await;

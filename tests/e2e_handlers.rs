@@ -44,7 +44,7 @@ async fn a_pod_lives_under(handler: &str) {
     let status = node.pod_status(&id).await.unwrap();
     assert_eq!((status.runtime_handler.as_str(), status.state), (handler, api::PodSandboxState::SandboxReady as i32));
     let ip = status.network.unwrap().ip;
-    let script = "echo out; echo err >&2; trap 'exit 7' TERM; n=0; while :; do n=$((n+1)); sleep 0.05; done";
+    let script = "trap 'exit 7' TERM; echo err >&2; echo out; n=0; while :; do n=$((n+1)); sleep 0.05; done";
     let mut limited = shell("c", script);
     limited.linux.as_mut().unwrap().resources = Some(api::LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() });
     let container = node.launch(&id, &config, &limited).await;
@@ -69,6 +69,7 @@ async fn a_pod_lives_under(handler: &str) {
     assert_eq!(node.exec(&container, look, 20).await.unwrap(), (3, seen, "oops\n".to_owned()));
     let stats = node.runtime().container_stats(api::ContainerStatsRequest { container_id: container.clone() }).await.unwrap().into_inner().stats.unwrap();
     assert!(stats.memory.unwrap().working_set_bytes.unwrap().value > 0);
+    node.until_printed(&container, "out").await;
     node.stop_container(&container, 30).await.unwrap();
     let status = node.status(&container).await.unwrap();
     assert_eq!((status.exit_code, status.reason.as_str()), (7, "Error"));

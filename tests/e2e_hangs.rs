@@ -166,7 +166,7 @@ async fn a_command_that_hangs_in_the_kernel_holds_up_nobody_else() {
 
     let dead = DeadServer::mount(&volume.work());
     let begun = Instant::now();
-    let hanging = exec_true_within(&node, &stuck, 2);
+    let hanging = exec_true_within(&node, &stuck, 10);
     host::wait_until("a command hangs in the dead file system", waits_for_dead_server);
     let log = node.status(&free).await.unwrap().log_path;
     let lines = || std::fs::read_to_string(&log).unwrap().lines().count();

@@ -31,7 +31,7 @@ async fn pull_run_log_exec_stop_remove() {
     let ip = status.network.unwrap().ip;
     assert!(ip.parse::<std::net::IpAddr>().is_ok(), "{ip:?}");
 
-    let web = node.launch(&id, &config, &shell("web", "echo out; echo err >&2; echo $HOSTNAME; trap 'exit 7' TERM; while :; do sleep 0.1; done")).await;
+    let web = node.launch(&id, &config, &shell("web", "trap 'exit 7' TERM; echo out; echo err >&2; echo $HOSTNAME; while :; do sleep 0.1; done")).await;
     let status = node.status(&web).await.unwrap();
     assert_eq!(status.state, api::ContainerState::ContainerRunning as i32);
     assert_eq!(status.image_id, image);
@@ -45,9 +45,10 @@ async fn pull_run_log_exec_stop_remove() {
     let (_, ps, _) = node.exec(&web, "ps", 10).await.unwrap();
     assert!(!ps.contains("4321"), "a timed-out exec is dead when the call returns: {ps}");
 
+    node.until_printed(&web, "life").await;
     let start = Instant::now();
-    node.stop_container(&web, 30).await.unwrap();
-    assert!(start.elapsed() < Duration::from_secs(5));
+    node.stop_container(&web, 60).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(30), "it ends at the signal and is not waited for: {:?}", start.elapsed());
     let status = node.status(&web).await.unwrap();
     assert_eq!((status.exit_code, status.reason.as_str()), (7, "Error"));
     assert_eq!(node.log(&web).await, ("out\nlife\n".to_owned(), "err\n".to_owned()));
@@ -166,8 +167,8 @@ async fn containers_of_a_pod_share_what_the_pod_shares() {
     };
     let a = node.launch(&id, &config, &in_pod("a", "echo shared >/dev/shm/x; exec sleep 1234")).await;
     let b = node.launch(&id, &config, &in_pod("b", "exec sleep 5678")).await;
-    let script = "cat /dev/shm/x; ps; for n in ipc net uts; do readlink /proc/self/ns/$n; done";
-    let (code_b, seen, err) = node.exec(&b, script, 10).await.unwrap();
+    let script = "until [ -s /dev/shm/x ]; do sleep 0.02; done; cat /dev/shm/x; ps; for n in ipc net uts; do readlink /proc/self/ns/$n; done";
+    let (code_b, seen, err) = node.exec(&b, script, 20).await.unwrap();
     assert_eq!(code_b, 0, "{err}");
     assert!(seen.starts_with("shared\n") && seen.contains("sleep 1234") && seen.contains("sleep 5678"), "{seen}");
     let (_, first, _) = node.exec(&a, "for n in ipc net uts; do readlink /proc/self/ns/$n; done", 10).await.unwrap();

@@ -422,8 +422,7 @@ async fn known_steps() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn random_steps() {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-    let seed = std::env::var("GC_SEED").map_or(u64::from(now.subsec_nanos()), |s| s.parse().unwrap());
+    let seed = std::env::var("GC_SEED").map_or(2, |s| s.parse().unwrap());
     run(seed, steps_or(300)).await;
 }
 

@@ -8,10 +8,9 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use common::faults::{Random, fail_points, seeds};
-use common::ledger::{Ledger, life};
+use common::ledger::{Ledger, life, measured};
 use common::{Node, host};
 use mesocri::wire::cri as api;
 
@@ -95,11 +94,14 @@ async fn random_kills_are_survived() {
     node.start_registry();
     let before = node.baseline().await;
     let mut checked = BTreeSet::new();
+    node.start_daemon(&[]);
+    let whole = measured(&node).await;
+    node.kill_daemon();
     for seed in seeds("KILL_SEEDS", "0..100") {
         let mut random = Random::of(seed);
         node.start_daemon(&[]);
-        // A whole life takes some hundred milliseconds here; the kill falls anywhere in it.
-        let delay = Duration::from_micros(random.below(400_000));
+        // The kill falls anywhere in a life, or a little later.
+        let delay = whole.mul_f64(random.below(1200) as f64 / 1000.0);
         let networks: Vec<bool> = (0..=random.below(3)).map(|_| random.below(2) == 0).collect();
         let ledgers: Vec<_> = networks.iter().map(|_| Ledger::default()).collect();
         {

@@ -255,7 +255,10 @@ async fn descriptors_of_the_daemon_reach_neither_shim_nor_container() {
     let (reader, _writer) = rustix::pipe::pipe().unwrap();
     let leaked = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader))).unwrap();
     let sandbox = bench.sandbox(&["ipc", "uts"]).await.unwrap();
-    let open: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", sandbox.shim_pid)).unwrap().flatten().map(|e| std::fs::read_link(e.path()).unwrap()).collect();
+    // One that it closes meanwhile is no concern of ours.
+    let open: Vec<_> =
+        std::fs::read_dir(format!("/proc/{}/fd", sandbox.shim_pid)).unwrap().flatten().filter_map(|e| std::fs::read_link(e.path()).ok()).collect();
+    assert!(open.len() > 3, "{open:?}");
     assert!(!open.contains(&leaked), "{open:?}");
     let id = bench.run(&sandbox, &["sleep", "1000"]).await;
     let listed = bench.launcher.exec_sync(&bench.pod, &id, &exec(&["ls", "/proc/1/fd"])).await.unwrap();

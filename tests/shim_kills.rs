@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::cri::{pod, shell};
 use common::faults::{Random, fail_points, seeds};
-use common::ledger::{COUNTS, Ledger, Living, life};
+use common::ledger::{COUNTS, Ledger, Living, counts, life, measured};
 use common::{BUSYBOX, Node, host};
 use mesocri::wire::cri as api;
 use tonic::{Code, Status};
@@ -40,6 +40,8 @@ async fn acts(node: &Node, config: &api::PodSandboxConfig) -> Result<(), Failed>
     start(&runs).await?;
     node.exec(&runs, "echo x", 5).await.map_err(|e| Failed("ExecSync", runs.clone(), e))?;
     let log = node.logs().join(&config.hostname).join("runs.log");
+    let process = node.process_of(&runs).await.ok().and_then(|(pid, _)| Living::of(pid));
+    counts(&log, process).await;
     std::fs::rename(&log, log.with_extension("log.1")).unwrap();
     let reopen = api::ReopenContainerLogRequest { container_id: runs.clone() };
     node.runtime().reopen_container_log(reopen).await.map_err(|e| Failed("ReopenContainerLog", runs.clone(), e))?;
@@ -168,11 +170,13 @@ async fn shims_killed_at_random_moments() {
     node.start_registry();
     let before = node.baseline().await;
     node.start_daemon(&[]);
+    let whole = measured(&node).await;
     let range = seeds("SHIM_KILL_SEEDS", "0..15");
     let (mut killed, mut lost) = (0, 0);
     for seed in range.clone() {
         let mut random = Random::of(seed);
-        let delay = Duration::from_micros(random.below(400_000));
+        // Anywhere in a life, or a little later.
+        let delay = whole.mul_f64(random.below(1200) as f64 / 1000.0);
         let networks: Vec<bool> = (0..=random.below(3)).map(|_| random.below(2) == 0).collect();
         let what = format!("seed {seed} (shims killed after {delay:?}, {} lives)", networks.len());
         let ledgers: Vec<_> = networks.iter().map(|_| Ledger::default()).collect();

@@ -176,6 +176,18 @@ impl Node {
         }
     }
 
+    /// Waits until the container has printed `line`: it has come so far.
+    pub async fn until_printed(&self, id: &str, line: &str) {
+        let path = self.status(id).await.unwrap().log_path;
+        // Not by [`parse_log`]: the last line may be half written.
+        let printed = || std::fs::read_to_string(&path).is_ok_and(|text| text.contains(&format!(" F {line}\n")));
+        let start = std::time::Instant::now();
+        while !printed() {
+            assert!(start.elapsed() < std::time::Duration::from_secs(30), "{id} never prints {line:?}: {:?}", self.status(id).await);
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
     /// The container's log without headers: `(stdout, stderr)`.
     pub async fn log(&self, id: &str) -> (String, String) {
         let path = self.status(id).await.unwrap().log_path;

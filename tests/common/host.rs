@@ -1,8 +1,9 @@
 //! The host around a bench: private namespaces, and a picture of what could be left behind in them.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddrV4;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
@@ -88,6 +89,39 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
         pause();
     }
+}
+
+/// Waits until a server listens on all of these addresses; `false` when it has ended instead. It must be this process that does: where
+/// another has taken an address, the server ends only after a while.
+pub fn listens(server: &mut Child, addresses: &[&str]) -> bool {
+    let start = Instant::now();
+    loop {
+        if server.try_wait().unwrap().is_some() {
+            return false;
+        }
+        if addresses.iter().all(|address| listens_on(server.id(), address)) {
+            return true;
+        }
+        if start.elapsed() > PATIENCE {
+            let _ = server.kill();
+            let _ = server.wait();
+            panic!("the server does not listen on {addresses:?}");
+        }
+        pause();
+    }
+}
+
+fn listens_on(pid: u32, address: &str) -> bool {
+    let address: SocketAddrV4 = address.parse().unwrap();
+    let wanted = format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port());
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+    let fields = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    // 0A is LISTEN; the tenth field is the socket's inode.
+    let Some(socket) = fields.into_iter().find(|f| f.get(1) == Some(&wanted.as_str()) && f.get(3) == Some(&"0A")).map(|f| format!("socket:[{}]", f[9])) else {
+        return false;
+    };
+    let open = format!("/proc/{pid}/fd");
+    super::entries(Path::new(&open)).iter().any(|fd| std::fs::read_link(format!("{open}/{fd}")).is_ok_and(|link| link.to_str() == Some(&socket)))
 }
 
 /// A moment between two looks at something that nothing announces.

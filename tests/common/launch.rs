@@ -178,7 +178,7 @@ impl Bench {
         let containers = self.layout.run_pod(&self.pod).join("containers");
         assert_eq!(std::fs::read_dir(&containers).map_or(0, Iterator::count), 0, "container bundles");
         assert!(!mesocri::cgroups::Manager::open(&self.cgroup()).unwrap().exists(), "cgroup");
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         assert!(!mounts.contains(&*self.dir.path().to_string_lossy()), "mounts");
     }
 }

@@ -6,8 +6,8 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mesocri::disk::bundle::Stat;
 use mesocri::wire::cri as api;
@@ -34,7 +34,16 @@ pub struct Living {
 impl Living {
     /// `None` when it has ended.
     pub fn of(pid: u32) -> Option<Self> {
-        Stat::read(pid).filter(|stat| stat.state != 'Z').map(|stat| Self { pid, born: stat.start_time, shim: stat.parent })
+        Stat::read(pid).filter(|stat| stat.state != 'Z').map(|stat| Self::from(pid, &stat))
+    }
+
+    /// Also one that has ended and is yet to be reaped: that can be waited for.
+    fn unreaped(pid: u32) -> Option<Self> {
+        Stat::read(pid).map(|stat| Self::from(pid, &stat))
+    }
+
+    fn from(pid: u32, stat: &Stat) -> Self {
+        Self { pid, born: stat.start_time, shim: stat.parent }
     }
 
     /// Whether it still runs.
@@ -62,7 +71,7 @@ enum Stage {
     Created,
     /// StartContainer was called at this time.
     Starting(i64),
-    /// StartContainer was answered; who runs, unless it was gone already, and its status.
+    /// StartContainer was answered; who runs, unless it was reaped already, and its status.
     Running(i64, Option<Living>, Box<api::ContainerStatus>),
     /// Ended with this code between these times, while nobody could ask.
     Ended(i32, (i64, i64), Box<api::ContainerStatus>),
@@ -98,6 +107,23 @@ enum PodStage {
 pub struct Ledger {
     pods: RefCell<BTreeMap<String, PodStage>>,
     containers: RefCell<BTreeMap<String, Kept>>,
+}
+
+/// How long a life takes here and now, when nobody dies.
+pub async fn measured(node: &Node) -> Duration {
+    let start = Instant::now();
+    life(node, "measured", true, &Ledger::default()).await.unwrap();
+    start.elapsed()
+}
+
+/// Waits until a container that [`COUNTS`] has begun to: before, it takes no notice of what asks it to end. One that is killed never does.
+pub async fn counts(log: &Path, process: Option<Living>) {
+    let has_text = |path: &Path| std::fs::metadata(path).is_ok_and(|m| m.len() > 0);
+    let start = Instant::now();
+    while process.is_some_and(|p| p.lives()) && !has_text(log) && !has_text(&rotated(log)) {
+        assert!(start.elapsed() < Duration::from_secs(20), "{} stays empty", log.display());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
 }
 
 /// The life, as far as the daemon lives; each step may fail because the daemon just died.
@@ -172,7 +198,7 @@ impl Ledger {
         let (id, asked) = self.create(node, pod, config, name, &shell(name, script)).await?;
         node.start_container(&id).await?;
         let (pid, status) = node.process_of(&id).await?;
-        self.set(&id, if exited(&status) { Stage::Told(Box::new(status)) } else { Stage::Running(asked, Living::of(pid), Box::new(status)) });
+        self.set(&id, if exited(&status) { Stage::Told(Box::new(status)) } else { Stage::Running(asked, Living::unreaped(pid), Box::new(status)) });
         Ok(id)
     }
 
@@ -195,7 +221,12 @@ impl Ledger {
 
     async fn stop(&self, node: &Node, id: &str) -> Result<(), Status> {
         let status = match self.stage(id) {
-            Stage::Running(_, _, status) | Stage::Told(status) => status,
+            Stage::Running(_, process, status) => {
+                let log = self.containers.borrow()[id].log.clone();
+                counts(&log, process).await;
+                status
+            }
+            Stage::Told(status) => status,
             other => panic!("{id} was not started: {other:?}"),
         };
         let asked = now();

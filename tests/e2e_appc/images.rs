@@ -1,7 +1,6 @@
 //! Image archives, a real web server to have them from, keys to sign them with.
 
 use std::io::Write;
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -82,9 +81,6 @@ impl Web {
     pub fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("mesocri-appc-web-").tempdir().unwrap();
         std::fs::create_dir(dir.path().join("www")).unwrap();
-        // Ports that were free a moment ago; nginx cannot report ones that it chose itself.
-        let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (plain, secure) = (free().to_string(), free().to_string());
         let at = |name: &str| dir.path().join(name).display().to_string();
         run(Command::new("openssl").args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]).args([
             "-subj",
@@ -101,7 +97,7 @@ impl Web {
         let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].iter().map(|kind| format!("{kind}_temp_path {};\n", at(kind))).collect();
         let config = format!(
             "daemon off; master_process off; user root; pid {}; error_log {} info;\nevents {{}}\nhttp {{\naccess_log {};\n{temporary}\
-             server {{ listen {plain}; listen {secure} ssl; ssl_certificate {}; ssl_certificate_key {};\nroot {};\n\
+             server {{ listen PLAIN; listen SECURE ssl; ssl_certificate {}; ssl_certificate_key {};\nroot {};\n\
              location /webhdfs/v1/ {{ if ($arg_op = GETFILESTATUS) {{ rewrite ^/webhdfs/v1/(.*)$ /status/$1 last; }} rewrite ^/webhdfs/v1/(.*)$ /$1 last; }}\n\
              }}\n}}\n",
             at("nginx.pid"),
@@ -111,13 +107,20 @@ impl Web {
             at("key.pem"),
             at("www"),
         );
-        std::fs::write(dir.path().join("nginx.conf"), config).unwrap();
-        let log = std::fs::File::create(dir.path().join("stderr")).unwrap();
-        let child =
-            Command::new("nginx").args(["-p", &at(""), "-c", &at("nginx.conf"), "-e", &at("error.log")]).stdin(Stdio::null()).stderr(log).spawn().unwrap();
-        let web = Self { child, dir, host: plain, secure };
-        host::wait_until("nginx listens", || TcpStream::connect(&web.host).is_ok() && TcpStream::connect(&web.secure).is_ok());
-        web
+        // nginx cannot report ports that it chose itself, and another process may take those chosen for it: then it ends, and gets others.
+        for _ in 0..20 {
+            let held = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+            let [plain, secure] = held.each_ref().map(|listener| listener.local_addr().unwrap().to_string());
+            drop(held);
+            std::fs::write(dir.path().join("nginx.conf"), config.replace("PLAIN", &plain).replace("SECURE", &secure)).unwrap();
+            let log = std::fs::File::create(dir.path().join("stderr")).unwrap();
+            let mut child =
+                Command::new("nginx").args(["-p", &at(""), "-c", &at("nginx.conf"), "-e", &at("error.log")]).stdin(Stdio::null()).stderr(log).spawn().unwrap();
+            if host::listens(&mut child, &[&plain, &secure]) {
+                return Self { child, dir, host: plain, secure };
+            }
+        }
+        panic!("nginx does not listen: {}", std::fs::read_to_string(dir.path().join("error.log")).unwrap_or_default());
     }
 
     pub fn www(&self) -> PathBuf {
@@ -139,10 +142,15 @@ impl Web {
         format!("http://{}/images/", self.host)
     }
 
-    /// Paths asked for since this was last called, with the status of the answer.
-    pub fn asked(&self) -> Vec<String> {
+    /// Paths asked for since this was last called, with the status of the answer: at least `number`, because nginx notes a request after
+    /// it has answered.
+    pub fn asked(&self, number: usize) -> Vec<String> {
         let log = self.dir.path().join("access.log");
-        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        let mut text = String::new();
+        host::wait_until("nginx has noted the requests", || {
+            text = std::fs::read_to_string(&log).unwrap_or_default();
+            text.matches('\n').count() >= number
+        });
         std::fs::File::options().write(true).open(&log).unwrap().set_len(0).unwrap();
         let asked = text.lines().filter_map(|line| line.split('"').nth(1).zip(line.split('"').nth(2)));
         asked
@@ -217,6 +225,16 @@ pub struct Key {
 impl Key {
     pub fn new(name: &'static str) -> Self {
         let home = tempfile::Builder::new().prefix("gpg-").tempdir().unwrap();
+        // gpg starts one itself, and gives up when that takes more than five seconds.
+        let agent = Command::new("gpg-agent")
+            .arg("--homedir")
+            .arg(home.path())
+            .arg("--daemon")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        assert!(agent.unwrap().success(), "gpg-agent does not start");
         let key = Self { home, name };
         key.gpg(&["--passphrase", "", "--quick-generate-key", name, "ed25519", "sign", "never"]);
         key

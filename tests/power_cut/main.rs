@@ -33,8 +33,8 @@ use work::{Done, Promise};
 const CUTS: usize = 24;
 /// Steps of the store while the disk is recorded.
 const ACTS: usize = 60;
-/// A daemon starts within this, whatever has happened.
-const START_WITHIN: Duration = Duration::from_secs(2);
+/// A start that takes longer than this does what no start should, however busy the machine is.
+const START_WITHIN: Duration = Duration::from_secs(20);
 /// Every so many cuts the file system's own checker looks, too: it would say if the cuts were ones that no disk makes.
 const CHECK_EVERY: usize = 8;
 
@@ -342,7 +342,7 @@ fn number(variable: &str, otherwise: usize) -> usize {
 
 /// Records, cuts, and expects no failure.
 fn survives(fs: &Fs, backend: &'static str) {
-    let seed = number("CUT_SEED", std::process::id() as usize) as u64;
+    let seed = number("CUT_SEED", 1) as u64;
     println!("CUT_SEED={seed}");
     private(|dir| {
         let bench = Bench::new(dir, backend);

@@ -1,11 +1,9 @@
 //! Debian's `docker-registry` as a process, images for it, and a store of ours.
 
 use std::io::Write;
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use mesocri::disk::Layout;
 use mesocri::model::ImageId;
@@ -71,11 +69,8 @@ impl Registry {
 
     pub fn start(options: &Options<'_>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // The registry cannot report a port it chose itself; another process may take ours meanwhile, then the wait below fails.
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let host = format!("127.0.0.1:{port}");
         let path = |name: &str| dir.path().join(name).display().to_string();
-        let mut config = format!("version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {host}\n", path("data"));
+        let mut config = format!("version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: ADDRESS\n", path("data"));
         if options.tls {
             certificate(&dir.path().join("cert.pem"), &dir.path().join("key.pem"));
             config += &format!("  tls:\n    certificate: {}\n    key: {}\n", path("cert.pem"), path("key.pem"));
@@ -93,17 +88,19 @@ impl Registry {
         if options.schema1 {
             config += "compatibility:\n  schema1:\n    enabled: true\n";
         }
-        std::fs::write(dir.path().join("config.yml"), config).unwrap();
-        let log = std::fs::File::create(dir.path().join("log")).unwrap();
-        let child = Command::new("docker-registry").arg("serve").arg(path("config.yml")).stdout(Stdio::null()).stderr(log).spawn();
-        let child = child.unwrap_or_else(|e| missing("docker-registry", &e));
-        let this = Self { child, host, dir };
-        let end = Instant::now() + Duration::from_secs(20);
-        while TcpStream::connect(&this.host).is_err() {
-            assert!(Instant::now() < end, "registry does not listen: {}", std::fs::read_to_string(this.dir.path().join("log")).unwrap());
-            std::thread::yield_now();
+        // The registry cannot report a port it chose itself, and another process may take the one chosen for it: then it ends, and
+        // gets another.
+        for _ in 0..20 {
+            let host = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+            std::fs::write(dir.path().join("config.yml"), config.replace("ADDRESS", &host)).unwrap();
+            let log = std::fs::File::create(dir.path().join("log")).unwrap();
+            let child = Command::new("docker-registry").arg("serve").arg(path("config.yml")).stdout(Stdio::null()).stderr(log).spawn();
+            let mut child = child.unwrap_or_else(|e| missing("docker-registry", &e));
+            if crate::common::host::listens(&mut child, &[&host]) {
+                return Self { child, host, dir };
+            }
         }
-        this
+        panic!("registry does not listen: {}", std::fs::read_to_string(dir.path().join("log")).unwrap());
     }
 
     pub fn push(&self, layout: &Path, name: &str, more: &[&str]) {

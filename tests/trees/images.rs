@@ -120,6 +120,8 @@ impl Registry {
     /// Sends these blobs one after the other from now on.
     pub fn send_in_order(&self, digests: Vec<String>) {
         *self.order.blobs.lock().unwrap() = digests;
+        // What waited for its turn in the last order may have none in this one.
+        self.order.sent.notify_all();
     }
 
     /// The reference of an image.

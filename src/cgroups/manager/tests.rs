@@ -225,11 +225,7 @@ fn a_process_that_left_one_hierarchy_is_found_at_removal() {
 
 /// Steps until the group is gone, whose processes die.
 fn removed(manager: &Manager) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while let Some(used) = manager.remove_step().unwrap() {
-        assert!(Instant::now() < deadline, "{used}");
-        std::thread::yield_now();
-    }
+    wait_until("the group is gone", || manager.remove_step().unwrap().is_none());
 }
 
 /// The group on the v1 hierarchies alone: there is no `cgroup.kill` then.
@@ -282,11 +278,7 @@ fn kill_without_v2_reaches_sub_groups_and_outruns_a_fork_loop() {
     Manager::create_on(manager.host.clone(), manager.path()).unwrap();
     manager.update(&Resources { pids_limit: Some(200), ..Resources::default() }).unwrap();
     let mut child = scratch.run("while :; do (sleep 0.01; sleep 0.01) & done");
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while manager.procs().unwrap().len() < 5 {
-        assert!(Instant::now() < deadline);
-        std::thread::yield_now();
-    }
+    wait_until("the loop is under way", || manager.procs().unwrap().len() >= 10);
     manager.strike().unwrap();
     removed(&manager);
     child.wait().unwrap();

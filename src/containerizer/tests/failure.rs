@@ -272,7 +272,7 @@ async fn a_shim_that_cannot_say_how_a_container_ended_while_it_runs_costs_it_not
 
 #[tokio::test]
 async fn a_hung_shim_does_not_stop_the_pod_from_being_removed() {
-    let bench = Bench::new();
+    let bench = Bench::impatient();
     let pod = bench.pod("a").await;
     bench.running(&pod, "c").await;
     for call in ["kill_task", "task_state", "stop_sandbox"] {

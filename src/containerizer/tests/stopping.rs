@@ -87,14 +87,14 @@ async fn a_caller_that_left_escalates_nothing() {
     let id = bench.running(&pod, "c").await;
     bench.world.deafen(&id);
     let start = Instant::now();
-    let leaves = spawn_stop(&bench, &id, Duration::from_millis(50));
+    let leaves = spawn_stop(&bench, &id, Duration::from_millis(500));
     signalled(&bench, 1).await;
-    let stays = spawn_stop(&bench, &id, Duration::from_millis(250));
+    let stays = spawn_stop(&bench, &id, Duration::from_millis(800));
     leaves.abort();
     stays.await.unwrap().unwrap();
     let (_, signal, _, at) = bench.world.signals.borrow()[1].clone();
     assert_eq!(signal, 9);
-    assert!(at.duration_since(start) >= Duration::from_millis(250), "killed at the deadline of the caller that left");
+    assert!(at.duration_since(start) >= Duration::from_millis(800), "killed at the deadline of the caller that left");
 }
 
 #[tokio::test]
@@ -200,7 +200,7 @@ async fn the_end_of_a_pod_waits_for_no_start_and_no_creation_that_hangs() {
 
 #[tokio::test]
 async fn what_cannot_be_killed_is_an_error_and_can_be_tried_again() {
-    let bench = Bench::new();
+    let bench = Bench::impatient();
     let pod = bench.pod("a").await;
     let id = bench.running(&pod, "c").await;
     bench.world.immortalise(&id);
@@ -214,7 +214,7 @@ async fn what_cannot_be_killed_is_an_error_and_can_be_tried_again() {
 
 #[tokio::test]
 async fn a_stop_with_grace_kills_again_after_a_kill_that_failed() {
-    let bench = Bench::new();
+    let bench = Bench::impatient();
     let pod = bench.pod("a").await;
     let id = bench.running(&pod, "c").await;
     let grace = Duration::from_millis(20);
@@ -268,7 +268,7 @@ async fn a_removal_whose_caller_left_is_finished_all_the_same() {
 
 #[tokio::test]
 async fn a_signal_that_fails_late_does_not_hide_that_a_kill_has_no_effect() {
-    let bench = Bench::new();
+    let bench = Bench::impatient();
     let pod = bench.pod("a").await;
     let id = bench.running(&pod, "c").await;
     bench.world.immortalise(&id);

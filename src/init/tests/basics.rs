@@ -170,5 +170,6 @@ fn create_and_start_take_milliseconds() {
     times.sort();
     let (started, created) = times[times.len() / 2];
     println!("median of {}: create {created:?}, with start {started:?}", times.len());
-    assert!(started.as_millis() < 200, "{started:?}");
+    // Budgets are for the benchmark. Here only what no busy machine does.
+    assert!(started.as_millis() < 2_000, "{started:?}");
 }

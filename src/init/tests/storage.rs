@@ -80,12 +80,12 @@ fn propagation_is_as_asked() {
         b.mount(json!({ "destination": format!("/{name}"), "type": "bind", "source": source, "options": ["rbind", option] }));
     }
     b.spec["linux"]["rootfsPropagation"] = json!("rshared");
-    let before = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let before = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let lines = b.lines();
     assert!(lines[0].starts_with("/s shared:"), "{lines:?}");
     assert_eq!(lines[1], "/p -");
     assert!(lines[2].starts_with("/h master:"), "{lines:?}");
-    assert_eq!(before, fs::read_to_string("/proc/self/mountinfo").unwrap(), "nothing reaches the host");
+    assert_eq!(before, fs::read_to_string("/proc/thread-self/mountinfo").unwrap(), "nothing reaches the host");
     nix::mount::umount(&b.path("data")).unwrap();
 }
 

@@ -329,12 +329,22 @@ async fn bearer_tokens() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pulls_at_once_fetch_each_layer_once() {
-    let stub = Stub::honest();
+    // No manifest is sent before all have asked: a pull that came when another was done would ask for it again.
+    let all_asked = Arc::new(std::sync::OnceLock::new());
+    let asked = all_asked.clone();
+    let stub = Stub::new(move |request| {
+        if request.path.contains("/manifests/") {
+            asked.wait();
+        }
+        None
+    });
     let (one, blobs) = stub.image("one", &["shared", "a"]);
     let (two, _) = stub.image("two", &["shared", "b"]);
     let store = Store::new(Config::default()).await;
     let pulls = (0..20).map(|n| store.pull(if n % 2 == 0 { &one } else { &two }));
-    for result in futures_util::future::join_all(pulls).await {
+    // The first look at a pull makes it join or start one, and all are looked at before what comes after them.
+    let (results, ()) = tokio::join!(futures_util::future::join_all(pulls), async { all_asked.set(()).unwrap() });
+    for result in results {
         result.unwrap();
     }
     assert_eq!(store.provisioner.list().len(), 2);
