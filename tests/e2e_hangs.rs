@@ -224,6 +224,9 @@ async fn a_process_that_does_not_die_holds_up_nobody_but_its_container() {
     assert!(refused.message().contains("do not die"), "{refused}");
     assert!(waits_for_dead_server(), "it was to hang");
     assert!(hanging.await.unwrap().is_err());
+    // Nor does the pod pretend to be gone, and the next attempt finds all that is left.
+    let refused = node.stop_pod(&id).await.unwrap_err();
+    assert!(refused.message().contains("does not die"), "{refused}");
 
     drop(dead);
     host::wait_until("the command is dead", || !waits_for_dead_server());

@@ -3,8 +3,9 @@
 //! v2 does both itself (`cgroup.kill`, `cgroup.freeze`), and a hybrid host's v2 hierarchy is used too. v1 sends SIGKILL to all
 //! until nobody new is found, and freezes the group from the second round on, so that a fork bomb cannot outrun the loop.
 //!
-//! Each act comes in two forms: steps that wait for nothing ([`Manager::strike`], [`Manager::remove_step`]), for a caller with one
-//! thread and others to look after, and the whole ([`Manager::kill`]), made of the same steps, for one that may wait.
+//! Each act comes in two forms: steps that wait for nothing ([`Manager::strike`], [`Manager::remove_step`],
+//! [`Manager::freeze_step`]), for a caller with one thread and others to look after, and the whole ([`Manager::kill`],
+//! [`Manager::freeze`]), made of the same steps, for one that may wait.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -163,6 +164,21 @@ impl Manager {
         }
     }
 
+    /// A step towards standing still, or going on, that waits for nothing: asks for it, and says whether it is so by now.
+    ///
+    /// # Errors
+    /// `Unimplemented` without a freezer; I/O errors.
+    pub fn freeze_step(&self, frozen: bool) -> Result<bool> {
+        let (group, version) = self.freezer()?;
+        let (file, word) = freezer_word(version, frozen);
+        group.write(file, word)?;
+        let mut reader = Reader::default();
+        Ok(match version {
+            Version::V1 => reader.must(&group, file)?.trim() == word,
+            Version::V2 => reader.keyed(&group, "cgroup.events", "frozen") == Some(u64::from(frozen)),
+        })
+    }
+
     /// Asks the freezer, if there is one, and does not wait until it has obeyed.
     fn ask_frozen(&self, frozen: bool) {
         if let Ok((group, version)) = self.freezer() {
@@ -183,32 +199,22 @@ impl Manager {
     fn set_frozen(&self, frozen: bool) -> Result<()> {
         let (group, version) = self.freezer()?;
         let deadline = Instant::now() + FREEZE_LIMIT;
-        let (file, word) = freezer_word(version, frozen);
-        match version {
-            Version::V2 => {
-                group.write(file, word)?;
-                if wait_event(&group, "frozen", u64::from(frozen), deadline) {
-                    return Ok(());
-                }
-            }
-            Version::V1 => {
-                let mut reader = Reader::default();
-                loop {
-                    group.write(file, word)?;
-                    if reader.must(&group, file)?.trim() == word {
-                        return Ok(());
-                    }
-                    if Instant::now() >= deadline {
-                        break;
-                    }
+        while !self.freeze_step(frozen)? {
+            let in_time = match version {
+                Version::V2 => wait_event(&group, "frozen", u64::from(frozen), deadline),
+                Version::V1 => {
                     pause();
+                    Instant::now() < deadline
                 }
+            };
+            if !in_time {
                 if frozen {
                     self.ask_frozen(false);
                 }
+                return Err(Error::new(Kind::DeadlineExceeded, format!("{} cgroup {}", if frozen { "freeze" } else { "thaw" }, self.path)));
             }
         }
-        Err(Error::new(Kind::DeadlineExceeded, format!("{} cgroup {}", if frozen { "freeze" } else { "thaw" }, self.path)))
+        Ok(())
     }
 }
 

@@ -320,19 +320,6 @@ impl Supervisor {
         self.table().container(id)?.manager(id)
     }
 
-    /// Freezes the container or lets it go on.
-    ///
-    /// # Errors
-    /// As [`Supervisor::cgroup`]; from the freezer.
-    pub fn pause(&self, id: &str, paused: bool) -> Result<()> {
-        let mut table = self.table();
-        let container = table.container(id)?;
-        let manager = container.manager(id)?;
-        if paused { manager.freeze() } else { manager.thaw() }?;
-        container.paused = paused;
-        Ok(())
-    }
-
     /// Gives a terminal its size.
     ///
     /// # Errors

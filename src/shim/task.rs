@@ -135,11 +135,11 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _ctx: &TtrpcContext, req: api::PauseRequest) -> Answer<Empty> {
-        empty(self.supervisor.pause(&req.id, true))
+        empty(self.supervisor.pause(&req.id, true).await)
     }
 
     async fn resume(&self, _ctx: &TtrpcContext, req: api::ResumeRequest) -> Answer<Empty> {
-        empty(self.supervisor.pause(&req.id, false))
+        empty(self.supervisor.pause(&req.id, false).await)
     }
 
     async fn checkpoint(&self, _ctx: &TtrpcContext, _req: api::CheckpointTaskRequest) -> Answer<Empty> {

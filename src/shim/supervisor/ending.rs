@@ -1,4 +1,4 @@
-//! How containers and execs end. Signals are sent at once; what becomes of them is looked at later, without the table: a process
+//! How containers and execs end, or stand still. Signals are sent at once; what becomes of them is looked at later, without the table: a process
 //! that hangs in the kernel, or takes seconds to give back its memory, holds up nobody but who wants its container deleted.
 
 use std::sync::Arc;
@@ -98,6 +98,26 @@ impl Supervisor {
         Ok((pid, exit))
     }
 
+    /// Freezes the container or lets it go on.
+    ///
+    /// # Errors
+    /// As [`Supervisor::cgroup`]; from the freezer; `FailedPrecondition` when a process in it does not stop: it runs on then.
+    pub async fn pause(&self, id: &str, paused: bool) -> Result<()> {
+        let (manager, process) = {
+            let mut table = self.table();
+            let container = table.container(id)?;
+            (container.manager(id)?, container.process.clone())
+        };
+        let restless = || Error::precondition(format!("{} container {id}: a process in it does not obey", if paused { "pause" } else { "resume" }));
+        let stood = kill::until_gone(|| Ok((!manager.freeze_step(paused)?).then(restless))).await;
+        if stood.is_err() && paused {
+            let _ = manager.freeze_step(false);
+        }
+        stood?;
+        self.table().same(id, &process)?.paused = paused;
+        Ok(())
+    }
+
     /// Kills everything in every container; the records stay until they are deleted.
     ///
     /// # Errors
@@ -111,13 +131,15 @@ impl Supervisor {
 }
 
 impl Table {
-    /// A step of a deletion: forgets the container once its cgroup is gone; otherwise what is in the way. `process` tells it from
-    /// a later container of the same name.
-    fn remove(&mut self, id: &str, process: &Arc<Process>) -> Result<Option<Error>> {
+    /// The container that was there before a wait: `process` tells it from a later one of the same name.
+    fn same(&mut self, id: &str, process: &Arc<Process>) -> Result<&mut Container> {
         let container = self.container(id)?;
-        if !Arc::ptr_eq(&container.process, process) {
-            return Err(Error::not_found(format!("container {id}")));
-        }
+        if Arc::ptr_eq(&container.process, process) { Ok(container) } else { Err(Error::not_found(format!("container {id}"))) }
+    }
+
+    /// A step of a deletion: forgets the container once its cgroup is gone; otherwise what is in the way.
+    fn remove(&mut self, id: &str, process: &Arc<Process>) -> Result<Option<Error>> {
+        let container = self.same(id, process)?;
         if let Some(cgroup) = &container.cgroup
             && let Some(used) = Manager::open(&cgroup.path)?.remove_step()?
         {
