@@ -88,6 +88,59 @@ async fn a_pod_lives(name: &'static str) {
     bench.nothing_is_left(&[sandbox.pid, sandbox.shim_pid]);
 }
 
+/// What a crash leaves in the middle of a creation or a removal, a damaged record, and a log that cannot be opened.
+#[tokio::test]
+async fn a_bad_log_costs_itself_and_no_pod() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut bench = bench("runc", scratch.path()).await;
+    let sandbox = bench.launcher.create_sandbox(&bench.pod, "runc", &bench.sandbox_plan(&["ipc", "uts", "pid"])).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..4 {
+        ids.push(bench.run(&sandbox, &["sh", "-c", "n=0; while :; do n=$((n+1)); echo $n; sleep 0.02; done"]).await);
+    }
+    for id in &ids {
+        bench.log_has(id, &["stdout F 3"]).await;
+    }
+    let [no_fifo, damaged, no_log, well] = &ids[..] else { unreachable!() };
+    std::fs::remove_file(bench.layout.bundle(&bench.pod, no_fifo).join("stdout")).unwrap();
+    std::fs::write(bench.layout.bundle(&bench.pod, damaged).join("io.json"), "{").unwrap();
+    std::fs::rename(bench.log(no_log), bench.log(no_log).with_extension("old")).unwrap();
+    std::fs::create_dir(bench.log(no_log)).unwrap();
+
+    // The first daemon ends, and with it all that reads for it.
+    bench.launcher = bench.second_launcher();
+    bench.launcher.reattach(&bench.pod, "runc", &sandbox).await.unwrap();
+    for id in &ids {
+        assert!(matches!(bench.launcher.task_state(&bench.pod, id).await.unwrap(), TaskState::Running { .. }), "{id}");
+    }
+    let numbers = |path: &Path| -> Vec<u64> {
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect()
+    };
+    let seen = numbers(&bench.log(well)).len();
+    bench.log_has(well, &[&format!("stdout F {}", seen + 20)]).await;
+    let logged = numbers(&bench.log(well));
+    assert!(logged.iter().zip(1..).all(|(a, b)| *a == b), "the log of the other container has a hole or is torn: {logged:?}");
+    let no_fifo_lines = numbers(&bench.log(no_fifo)).len();
+    std::fs::remove_dir(bench.log(no_log)).unwrap();
+    bench.log_has(no_log, &["0"]).await;
+    bench.launcher.reopen_log(&bench.pod, no_log).await.unwrap();
+
+    // Launchers that go take their descriptors along.
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    for _ in 0..10 {
+        bench.second_launcher().reattach(&bench.pod, "runc", &sandbox).await.unwrap();
+    }
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
+    while descriptors() > before {
+        assert!(tokio::time::Instant::now() < deadline, "{before} descriptors became {}", descriptors());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(numbers(&bench.log(no_fifo)).len(), no_fifo_lines, "nobody can read it any more");
+    bench.remove(&sandbox, "runc").await;
+}
+
 #[tokio::test]
 async fn pods_run_on_runc() {
     a_pod_lives("runc").await;

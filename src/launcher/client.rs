@@ -13,7 +13,7 @@ use containerd_shim_protos::ttrpc::asynchronous::transport::Socket;
 use containerd_shim_protos::ttrpc::proto::{KeyValue, MESSAGE_LENGTH_MAX, Request};
 use containerd_shim_protos::ttrpc::{self, Code};
 use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::model::error::{Act, Error, Kind, Result};
 
@@ -35,6 +35,8 @@ struct Shared {
     /// Held by the one who makes a new connection.
     renewing: tokio::sync::Mutex<()>,
     room: Arc<Semaphore>,
+    /// Goes with the last client: what is still on its way then is for nobody, and must not hold the connection.
+    held: watch::Sender<()>,
     /// Name of the task service: version 2 or 3.
     task: &'static str,
     /// Bound of calls that do not wait for a process.
@@ -79,6 +81,7 @@ impl Client {
             link: Mutex::new(Link::new(stream)),
             renewing: tokio::sync::Mutex::default(),
             room: Arc::new(Semaphore::new(ROOM as usize)),
+            held: watch::Sender::default(),
             task,
             limit,
             listener,
@@ -145,9 +148,14 @@ impl Client {
     async fn send(&self, message: Request, size: u32, limit: Option<Duration>) -> Result<Answer> {
         let room = self.0.room.clone().acquire_many_owned(size).await.map_err(|e| Error::with(Kind::Internal, "send to shim", e))?;
         let Link { connection, broken } = self.link().await?;
+        let mut held = self.0.held.subscribe();
         let sending = tokio::spawn(async move {
             let begun = Instant::now();
-            let answer = connection.request(message).await;
+            let answer = tokio::select! {
+                answer = connection.request(message) => answer,
+                // Nobody is left to hear this.
+                _ = held.changed() => return Answer::Overdue,
+            };
             drop(room);
             match &answer {
                 Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => Answer::Told(answer),

@@ -15,7 +15,7 @@ use oci_spec::runtime as oci;
 use tokio::net::unix::pipe::{OpenOptions, Receiver};
 
 use super::config::{Config, Handler};
-use super::pod::Pod;
+use super::pod::{Logging, Pod};
 use super::shims::{Resolved, ShimLauncher};
 use super::{TaskIo, bundle, exec};
 use crate::cgroups::Manager;
@@ -182,28 +182,61 @@ pub fn attach_log(pod: &Pod, id: &ContainerId, dir: &Path, io: &TaskIo) -> Resul
     if !io.terminal {
         exec::make_fifo(&dir.join("stderr"))?;
     }
-    reattach_log(pod, id, dir)?;
+    if let Some(streams) = Streams::open(dir)? {
+        pod.pumps().insert(id.clone(), streams.log());
+    }
     Ok((path("stdout"), if io.terminal { String::new() } else { path("stderr") }))
 }
 
-/// Logs what comes out of the fifos that exist already.
-///
-/// # Errors
-/// I/O errors; when the log cannot be opened.
-pub fn reattach_log(pod: &Pod, id: &ContainerId, dir: &Path) -> Result<()> {
-    let Some(TaskIo { log: Some(log), terminal, .. }) = bundle::read(&dir.join(IO))? else { return Ok(()) };
-    let file = Arc::new(Mutex::new(LogFile::open(&log).act("open log", log.display())?));
-    let mut pumps = Vec::new();
-    for (name, stream) in [("stdout", Stream::Stdout), ("stderr", Stream::Stderr)] {
-        if terminal && stream == Stream::Stderr {
-            continue;
-        }
-        let path = dir.join(name);
-        let pipe = OpenOptions::new().open_receiver(&path).act("open", path.display())?;
-        pumps.push(tokio::spawn(pump(pipe, Framer::new(stream), file.clone())));
+/// A container's output: its fifos and its log, open, but not read yet.
+pub struct Streams {
+    pipes: Vec<(Receiver, Stream)>,
+    file: LogFile,
+}
+
+impl Streams {
+    /// Opens the fifos that a bundle has and the log. `None` when there is nothing to log. Fifos that are not there are none: they
+    /// are made after the record, and may be removed before it.
+    ///
+    /// # Errors
+    /// I/O errors; a damaged record; when the log cannot be opened.
+    fn open(dir: &Path) -> Result<Option<Self>> {
+        Self::open_with(dir, |log| LogFile::open(log).act("open log", log.display()))
     }
-    pod.pumps().insert(id.clone(), super::pod::Logging { pumps, file });
-    Ok(())
+
+    /// The same for a container that runs already, and that must go on writing whatever becomes of its log.
+    ///
+    /// # Errors
+    /// I/O errors; a damaged record.
+    pub fn open_again(dir: &Path) -> Result<Option<Self>> {
+        Self::open_with(dir, |log| {
+            Ok(LogFile::open(log).unwrap_or_else(|error| {
+                tracing::warn!(log = %log.display(), %error, "log cannot be opened; output is lost until it can be");
+                LogFile::unopened(log)
+            }))
+        })
+    }
+
+    fn open_with(dir: &Path, open: impl FnOnce(&Path) -> Result<LogFile>) -> Result<Option<Self>> {
+        let Some(TaskIo { log: Some(log), terminal, .. }) = bundle::read(&dir.join(IO))? else { return Ok(None) };
+        let mut pipes = Vec::new();
+        let names = [("stdout", Stream::Stdout), ("stderr", Stream::Stderr)];
+        for (name, stream) in names.into_iter().take(if terminal { 1 } else { 2 }) {
+            let path = dir.join(name);
+            match OpenOptions::new().open_receiver(&path) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                pipe => pipes.push((pipe.act("open", path.display())?, stream)),
+            }
+        }
+        Ok(if pipes.is_empty() { None } else { Some(Self { pipes, file: open(&log)? }) })
+    }
+
+    /// Begins to log.
+    pub fn log(self) -> Logging {
+        let file = Arc::new(Mutex::new(self.file));
+        let pumps = self.pipes.into_iter().map(|(pipe, stream)| tokio::spawn(pump(pipe, Framer::new(stream), file.clone()))).collect();
+        Logging { pumps, file }
+    }
 }
 
 async fn pump(pipe: Receiver, mut framer: Framer, file: Arc<Mutex<LogFile>>) {
@@ -242,9 +275,7 @@ pub async fn drain(pod: &Pod, id: &ContainerId) {
 
 /// Stops logging.
 pub fn end_pumps(pod: &Pod, id: &ContainerId) {
-    if let Some(logging) = pod.pumps().remove(id) {
-        logging.pumps.iter().for_each(tokio::task::JoinHandle::abort);
-    }
+    pod.pumps().remove(id);
 }
 
 /// A new log file at the same path.

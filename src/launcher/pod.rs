@@ -113,16 +113,23 @@ pub struct Pod {
     /// The shim.
     pub shim: Arc<ShimProcess>,
     ended: watch::Receiver<bool>,
+    watcher: JoinHandle<()>,
     /// Log pumps of foreign shims' containers.
     pumps: Mutex<HashMap<ContainerId, Logging>>,
 }
 
-/// The daemon's part in the logging of a foreign shim's container.
+/// The daemon's part in the logging of a foreign shim's container. Ends with the value: two readers would tear each other's lines.
 pub struct Logging {
     /// One task per stream.
     pub pumps: Vec<JoinHandle<()>>,
     /// The file they share.
     pub file: Arc<Mutex<LogFile>>,
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        self.pumps.iter().for_each(JoinHandle::abort);
+    }
 }
 
 impl Pod {
@@ -133,8 +140,8 @@ impl Pod {
     pub fn new(id: PodId, whose: Whose, handler: String, client: Client, shim_pid: u32) -> Result<Arc<Self>> {
         let (tell, ended) = watch::channel(false);
         let shim = Arc::new(ShimProcess::open(shim_pid)?);
-        tokio::spawn(watch_end(id.clone(), whose, client.clone(), shim.clone(), tell));
-        Ok(Arc::new(Self { id, whose, handler, client, shim_pid, shim, ended, pumps: Mutex::default() }))
+        let watcher = tokio::spawn(watch_end(id.clone(), whose, client.clone(), shim.clone(), tell));
+        Ok(Arc::new(Self { id, whose, handler, client, shim_pid, shim, ended, watcher, pumps: Mutex::default() }))
     }
 
     /// Resolves when the sandbox has ended.
@@ -146,6 +153,13 @@ impl Pod {
     /// The log pumps of foreign shims' containers.
     pub fn pumps(&self) -> MutexGuard<'_, HashMap<ContainerId, Logging>> {
         self.pumps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pod that nobody holds any more needs no connection and no descriptor either.
+impl Drop for Pod {
+    fn drop(&mut self) {
+        self.watcher.abort();
     }
 }
 

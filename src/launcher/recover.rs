@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use super::client::Client;
+use super::foreign::Streams;
 use super::pod::{Pod, Whose};
 use super::shims::{Resolved, ShimLauncher, shim_pid};
 use super::start::Program;
 use super::{Sandbox, bundle, start};
 use crate::disk::bundle::{Of, read};
-use crate::model::PodId;
+use crate::model::{ContainerId, PodId};
 use crate::model::error::Result;
 use crate::model::shim::{SANDBOX_SERVICE, TASK_V2, TASK_V3};
 use crate::stdx::blocking;
@@ -52,16 +53,25 @@ impl ShimLauncher {
     async fn adopt(&self, id: &PodId, whose: Whose, handler: &str, sandbox: &Sandbox, task: &'static str, pid: u32) -> Result<()> {
         // A connection of its own: the probe's had the short limit of recovery.
         let client = Client::connect(&sandbox.address, task, self.config.request_limit()).await?;
+        // All that can fail comes before the pod is made: every try that failed would leave its watchers behind.
+        let streams = if whose == Whose::Foreign { self.open_logs(id)? } else { Vec::new() };
         let pod = Pod::new(id.clone(), whose, handler.to_owned(), client, pid)?;
-        if whose == Whose::Foreign {
-            for container in self.bundled_containers(id)? {
-                super::foreign::reattach_log(&pod, &container, &self.layout.bundle(id, &container))?;
-            }
-        }
         // Before anybody can run new ones.
         self.end_left_execs(&pod).await;
-        self.remember(pod);
+        self.remember_found(pod, streams);
         Ok(())
+    }
+
+    /// The output of all containers of a foreign shim. One whose files cannot be read costs its own log, not the pod.
+    fn open_logs(&self, id: &PodId) -> Result<Vec<(ContainerId, Streams)>> {
+        let open = |container: ContainerId| match Streams::open_again(&self.layout.bundle(id, &container)) {
+            Ok(streams) => Some((container, streams?)),
+            Err(error) => {
+                tracing::warn!(pod = %id, %container, %error, "the log of a container cannot go on after the restart");
+                None
+            }
+        };
+        Ok(self.bundled_containers(id)?.into_iter().filter_map(open).collect())
     }
 
     /// What a shim that was killed left of the pod itself. Does nothing when it ended in order.

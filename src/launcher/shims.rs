@@ -12,6 +12,7 @@ use containerd_shim_protos::sandbox_api;
 
 use super::client::Client;
 use super::config::{Config, DEFAULT_HANDLER, Handler};
+use super::foreign::Streams;
 use super::pod::{Pod, Whose};
 use super::start::{Program, start};
 use super::{ExecOutput, ExecSpec, Launcher, Sandbox, TaskLaunch, TaskState, bundle};
@@ -75,6 +76,16 @@ impl ShimLauncher {
 
     pub(super) fn remember(&self, pod: Arc<Pod>) {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).insert(pod.id.clone(), pod);
+    }
+
+    /// Remembers a pod whose shim was found again, and begins to log for it, unless somebody was faster: two must not read the same
+    /// output.
+    pub(super) fn remember_found(&self, pod: Arc<Pod>, streams: Vec<(ContainerId, Streams)>) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pods.contains_key(&pod.id) {
+            pod.pumps().extend(streams.into_iter().map(|(id, streams)| (id, streams.log())));
+            pods.insert(pod.id.clone(), pod);
+        }
     }
 
     fn forget(&self, pod: &PodId) {

@@ -43,7 +43,8 @@ impl Stream {
 #[derive(Debug)]
 pub struct LogFile {
     path: PathBuf,
-    file: File,
+    /// `None` until it could be opened.
+    file: Option<File>,
     /// The last write ended inside a line.
     torn: bool,
     /// Bytes that could not be written since the file was opened.
@@ -56,7 +57,12 @@ impl LogFile {
     /// # Errors
     /// What the kernel says of the directory or the file.
     pub fn open(path: &Path) -> std::io::Result<Self> {
-        Ok(Self { path: path.to_owned(), file: open_append(path)?, torn: false, lost: 0 })
+        Ok(Self { path: path.to_owned(), file: Some(open_append(path)?), torn: false, lost: 0 })
+    }
+
+    /// A log that cannot be opened now, of a process that runs already: every write tries again, and what comes until then is lost.
+    pub fn unopened(path: &Path) -> Self {
+        Self { path: path.to_owned(), file: None, torn: false, lost: 0 }
     }
 
     /// Starts a new file at the same path (after a rotation renamed the old one). On failure the old one stays in use.
@@ -64,7 +70,7 @@ impl LogFile {
     /// # Errors
     /// As [`LogFile::open`].
     pub fn reopen(&mut self) -> std::io::Result<()> {
-        self.file = open_append(&self.path)?;
+        self.file = Some(open_append(&self.path)?);
         self.torn = false;
         self.lost = 0;
         Ok(())
@@ -78,8 +84,11 @@ impl LogFile {
     /// Appends whole lines with one write(2) where the kernel takes them all.
     fn append(&mut self, lines: &[u8]) {
         let mut rest = lines;
-        while !rest.is_empty() {
-            match self.file.write(rest) {
+        if self.file.is_none() {
+            self.file = open_append(&self.path).ok();
+        }
+        while let Some(file) = self.file.as_mut().filter(|_| !rest.is_empty()) {
+            match file.write(rest) {
                 Ok(n) if n > 0 => rest = &rest[n..],
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 // No space, or the like: drop the rest and go on. If part of it went out, the next line starts a new one.

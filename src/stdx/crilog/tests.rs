@@ -96,10 +96,25 @@ fn reopening_starts_a_new_file_at_the_same_path() {
 fn a_full_disk_loses_lines_but_not_the_writer() {
     // Every write to it fails with ENOSPC.
     let file = std::fs::OpenOptions::new().append(true).open("/dev/full").unwrap();
-    let mut file = LogFile { path: PathBuf::from("/dev/full"), file, torn: false, lost: 0 };
+    let mut file = LogFile { path: PathBuf::from("/dev/full"), file: Some(file), torn: false, lost: 0 };
     let mut buffer = vec![0; MIN_BATCH];
     Framer::new(Stream::Stdout).push(b"gone\n", &mut Batch::new(&mut buffer, &mut file, 0));
     assert_eq!(file.lost(), (FRAME + 4) as u64);
+}
+
+#[test]
+fn a_log_that_cannot_be_opened_goes_on_when_it_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("0.log");
+    std::fs::create_dir(&path).unwrap();
+    assert!(LogFile::open(&path).is_err());
+    let mut file = LogFile::unopened(&path);
+    file.append(b"lost\n");
+    assert_eq!(file.lost(), 5);
+    assert!(file.reopen().is_err());
+    std::fs::remove_dir(&path).unwrap();
+    file.append(b"kept\n");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "kept\n");
 }
 
 #[test]
