@@ -5,9 +5,13 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::Node;
 use common::cri::{code, pod, shell};
 use mesocri::wire::cri as api;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tonic::Code;
 
 /// A mount namespace of the test's own, in which crun works.
@@ -27,7 +31,8 @@ fn static_pause(node: &Node) -> std::path::PathBuf {
     program
 }
 
-async fn a_pod_lives_under(handler: &str) {
+/// A node whose daemon knows `handler`, with the image.
+async fn node_with(handler: &str) -> Node {
     let mut node = Node::prepare("");
     node.extra_config = format!(
         "[launcher]\npause = {:?}\n[launcher.handlers.{handler}]\nruntime = 'io.containerd.runc.v2'\n[launcher.handlers.{handler}.options]\nBinaryName = '{handler}'\nRoot = '/run/mesocri-e2e-{handler}'\n",
@@ -36,6 +41,11 @@ async fn a_pod_lives_under(handler: &str) {
     node.start_registry();
     node.start_daemon(&[]);
     node.pull().await;
+    node
+}
+
+async fn a_pod_lives_under(handler: &str) {
+    let mut node = node_with(handler).await;
     let handlers = node.runtime().status(api::StatusRequest::default()).await.unwrap().into_inner().runtime_handlers;
     assert!(handlers.iter().any(|h| h.name == handler), "{handlers:?}");
 
@@ -80,6 +90,41 @@ async fn a_pod_lives_under(handler: &str) {
     // One runs on when its pod goes.
     node.launch(&id, &config, &shell("late", "exec sleep 1000")).await;
     node.remove_all_pods().await;
+    node.finish();
+}
+
+/// Processes of another runtime's shim for the pod.
+fn shims_of(pod: &str) -> Vec<i32> {
+    let pids = common::entries(Path::new("/proc")).into_iter().filter_map(|name| name.parse().ok());
+    let named = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.starts_with("/usr/bin/containerd-shim") && c.contains(pod));
+    pids.filter(named).collect()
+}
+
+/// A pod under runc whose only container has ended; with its shim.
+async fn pod_with_ended_container(node: &Node, name: &str) -> (String, i32) {
+    let config = pod(node, name);
+    let id = node.run_pod_on("runc", &config).await.unwrap();
+    let container = node.launch(&id, &config, &shell("c", "exit 5")).await;
+    assert_eq!(node.wait_exit(&container).await.exit_code, 5);
+    let shims = shims_of(&id);
+    assert_eq!(shims.len(), 1, "{shims:?}");
+    (id, shims[0])
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_hung_shim_of_runc_is_ended_with_its_pod() {
+    let mut node = node_with("runc").await;
+    for restart in [false, true] {
+        let (id, shim) = pod_with_ended_container(&node, if restart { "late" } else { "soon" }).await;
+        kill(Pid::from_raw(shim), Signal::SIGSTOP).unwrap();
+        if restart {
+            node.kill_daemon();
+            node.start_daemon(&[]);
+        }
+        node.stop_pod(&id).await.unwrap();
+        node.remove_pod(&id).await.unwrap();
+        assert!(shims_of(&id).is_empty());
+    }
     node.finish();
 }
 

@@ -7,10 +7,12 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use common::Bench;
+use mesocri::disk::bundle::{Made, Of, Recorded};
 use mesocri::launcher::config::Handler;
-use mesocri::launcher::{ExecSpec, Launcher, TaskIo, TaskState};
+use mesocri::launcher::{ExecSpec, Launcher, Sandbox, TaskIo, TaskState};
 use mesocri::model::resources::Resources;
 
 /// crun refuses a hybrid host whose v2 hierarchy has a controller. In a mount namespace of the test's own it sees a v1 host: a
@@ -132,13 +134,89 @@ async fn a_bad_log_costs_itself_and_no_pod() {
     for _ in 0..10 {
         bench.second_launcher().reattach(&bench.pod, "runc", &sandbox).await.unwrap();
     }
-    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     while descriptors() > before {
         assert!(tokio::time::Instant::now() < deadline, "{before} descriptors became {}", descriptors());
         tokio::task::yield_now().await;
     }
     assert_eq!(numbers(&bench.log(no_fifo)).len(), no_fifo_lines, "nobody can read it any more");
     bench.remove(&sandbox, "runc").await;
+}
+
+/// The containerizer's patience with the deletion of a sandbox.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn hang(pid: u32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::Signal::SIGSTOP).unwrap();
+}
+
+/// Neither the runtime's own state nor a process or file of ours.
+fn nothing_is_left(bench: &Bench, sandbox: &Sandbox, scratch: &Path) {
+    bench.nothing_is_left(&[sandbox.pid, sandbox.shim_pid]);
+    let states: Vec<_> = std::fs::read_dir(scratch.join("runtime/mesocri")).into_iter().flatten().flatten().map(|e| e.file_name()).collect();
+    assert!(states.is_empty(), "the runtime still knows {states:?}");
+}
+
+/// A pod under runc with a container that has ended, and with `running` one that has not.
+async fn pod_of(bench: &Bench, running: bool) -> Sandbox {
+    let sandbox = bench.launcher.create_sandbox(&bench.pod, "runc", &bench.sandbox_plan(&["ipc", "uts", "pid"])).await.unwrap();
+    let ended = bench.run(&sandbox, &["sh", "-c", "exit 4"]).await;
+    assert_eq!(bench.launcher.wait_task(&bench.pod, &ended).await.unwrap().0, 4);
+    bench.launcher.delete_task(&bench.pod, &ended).await.unwrap();
+    if running {
+        bench.run(&sandbox, &["sleep", "1000"]).await;
+    }
+    sandbox
+}
+
+async fn a_hung_shim_ends_with_its_pod(running: bool, restart: bool) {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut bench = bench("runc", scratch.path()).await;
+    let sandbox = pod_of(&bench, running).await;
+    hang(sandbox.shim_pid);
+    if restart {
+        bench.launcher = bench.second_launcher();
+    }
+    let deleting = bench.launcher.delete_sandbox(&bench.pod, "runc", Some(&sandbox));
+    tokio::time::timeout(PATIENCE, deleting).await.expect("within the containerizer's patience").unwrap();
+    nothing_is_left(&bench, &sandbox, scratch.path());
+}
+
+#[tokio::test]
+async fn a_hung_shim_without_containers_ends_with_its_pod() {
+    a_hung_shim_ends_with_its_pod(false, false).await;
+}
+
+#[tokio::test]
+async fn a_hung_shim_ends_with_its_pod_and_containers() {
+    a_hung_shim_ends_with_its_pod(true, false).await;
+}
+
+#[tokio::test]
+async fn a_hung_shim_ends_with_its_pod_after_a_restart() {
+    a_hung_shim_ends_with_its_pod(false, true).await;
+    a_hung_shim_ends_with_its_pod(true, true).await;
+}
+
+/// A number that the kernel gave to somebody else meanwhile.
+#[tokio::test]
+async fn a_process_that_is_not_the_shim_any_more_is_left_alone() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut bench = bench("runc", scratch.path()).await;
+    let sandbox = pod_of(&bench, true).await;
+    common::kill(sandbox.shim_pid);
+    let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let mut process = Recorded::of(other.id()).unwrap();
+    process.start_time -= 1;
+    let record = Made { process: Some(process), cgroup: None };
+    mesocri::disk::bundle::write(&bench.layout.sandbox_bundle(&bench.pod), Of::Shim, &record).unwrap();
+    bench.launcher = bench.second_launcher();
+    bench.launcher.delete_sandbox(&bench.pod, "runc", Some(&sandbox)).await.unwrap();
+    let spared = common::alive(other.id());
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert!(spared, "it was killed in the shim's place");
+    nothing_is_left(&bench, &sandbox, scratch.path());
 }
 
 #[tokio::test]

@@ -17,9 +17,10 @@ pub const CONFIG: &str = "config.json";
 pub const ADDRESS: &str = "address";
 /// What our shim made for a container ([`Made`]).
 const TASK: &str = "task.json";
-/// What our shim made for a pod's sandbox ([`Made`]).
+/// What our shim made for a pod's sandbox ([`Made`]); of another runtime's, its pause container, by the daemon.
 const SANDBOX: &str = "sandbox.json";
-/// The shim itself ([`Made`]), written by it before it leaves the bundle: found even when nobody heard its answer.
+/// The shim itself ([`Made`]). Ours writes it before it leaves the bundle: found even when nobody heard its answer. For others the
+/// daemon does.
 const SHIM: &str = "shim.json";
 
 /// A killed process is dead within this time unless it hangs in the kernel.

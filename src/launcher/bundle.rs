@@ -1,11 +1,14 @@
 //! Bundles: the directory a shim is given for a sandbox or container, with the OCI spec and what it cannot say.
 
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::disk::bundle::{self, CONFIG, Made, Of};
 use crate::model::error::{Act, Error, Result};
 use crate::model::plan::{EXTRAS_FILE, Extras, LaunchPlan};
+
+/// What the daemon notes of another runtime's shim in the sandbox's bundle ([`Noted`]).
+const FOREIGN: &str = "foreign.json";
 
 /// Makes the directory and writes the plan into it. No sync: a restart of the machine ends all that a bundle is for.
 ///
@@ -84,6 +87,40 @@ struct Cgroups {
 struct LinuxCgroups {
     #[serde(default, rename = "cgroupsPath")]
     cgroups_path: String,
+}
+
+/// Another runtime's shim, noted before and after its start: the pod can be found and ended by it also when its record is damaged or
+/// the configuration does not know its handler any more.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Noted {
+    /// The program it was started from; its `delete` verb cleans up after it.
+    pub program: PathBuf,
+    /// Where it listens and the task service it speaks; `None` when nobody heard it.
+    pub said: Option<(String, String)>,
+}
+
+impl Noted {
+    /// Writes it into the bundle.
+    ///
+    /// # Errors
+    /// I/O errors with the path.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(FOREIGN);
+        bundle::put(&path, &serde_json::to_vec(self).act("encode", path.display())?)
+    }
+
+    /// Whether the sandbox is another runtime's, also where the note itself cannot be read.
+    pub fn exists(dir: &Path) -> bool {
+        dir.join(FOREIGN).exists()
+    }
+
+    /// Reads it; `None` for a sandbox of our own shim.
+    ///
+    /// # Errors
+    /// I/O errors and a damaged file, with the path.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        read(&dir.join(FOREIGN))
+    }
 }
 
 /// A JSON file; `None` when it is not there.

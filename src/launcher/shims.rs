@@ -14,10 +14,10 @@ use super::client::Client;
 use super::config::{Config, DEFAULT_HANDLER, Handler};
 use super::foreign::Streams;
 use super::pod::{Pod, Whose};
-use super::start::{Program, start};
+use super::start::{Program, Started, start};
 use super::{ExecOutput, ExecSpec, Launcher, Sandbox, TaskLaunch, TaskState, bundle};
 use crate::disk::Layout;
-use crate::disk::bundle::ADDRESS;
+use crate::disk::bundle::{Made, Of, Recorded};
 use crate::model::error::{Act, Error, Kind, Result};
 use crate::model::plan::LaunchPlan;
 use crate::model::resources::Resources;
@@ -27,7 +27,7 @@ use crate::stdx::blocking;
 
 /// How long a shim whose pod is being deleted may take for each answer, and then to be gone. A few of them are less than the
 /// containerizer's patience with the whole deletion; past it the shim is killed, which needs no cooperation.
-const END_LIMIT: Duration = Duration::from_secs(3);
+pub(super) const END_LIMIT: Duration = Duration::from_secs(3);
 /// Namespaces a sandbox may own: spec's name, file below `/proc/PID/ns`.
 const POD_NAMESPACES: [(&str, &str); 4] = [("ipc", "ipc"), ("uts", "uts"), ("network", "net"), ("pid", "pid")];
 
@@ -109,13 +109,18 @@ impl ShimLauncher {
                 let (pause, of, bundle_dir, written) = (self.config.clone(), id.clone(), dir.clone(), plan.clone());
                 blocking::run("write sandbox bundle", move || super::foreign::write_pause(&pause, &of, &bundle_dir, written)).await?;
                 let limit = self.config.request_limit();
-                let started = start(&Program::Path(foreign.program()?), id, &dir, &self.layout.shim_socket(id), limit).await?;
+                let program = foreign.program()?;
+                note(&dir, &program, None).await?;
+                let started = start(&Program::Path(program.clone()), id, &dir, &self.layout.shim_socket(id), limit).await?;
+                note(&dir, &program, Some(&started)).await?;
                 let client = Client::connect(&started.address, started.task, limit).await?;
                 let shim_pid = shim_pid(&client, id).await?;
+                record(&dir, Of::Shim, shim_pid).await?;
                 let pod = Pod::new(id.clone(), Whose::Foreign, handler.to_owned(), client, shim_pid)?;
                 // From here on the shim is found by its pod, also when a later step fails.
                 self.remember(pod.clone());
                 let pid = self.start_pause(&pod, &dir).await?;
+                record(&dir, Of::Sandbox, pid).await?;
                 let namespaces = namespaces(plan, Whose::Foreign, pid, shim_pid);
                 Ok(Sandbox { pid, shim_pid, address: started.address, namespaces })
             }
@@ -146,14 +151,9 @@ impl ShimLauncher {
         format!("unix://{}", self.layout.shim_socket(id).display())
     }
 
-    /// What a shim left in its bundle that started while the daemon died: where it listens.
-    fn started(&self, id: &PodId) -> Option<Sandbox> {
-        let address = std::fs::read_to_string(self.layout.sandbox_bundle(id).join(ADDRESS)).ok()?;
-        Some(Sandbox { address, ..Sandbox::default() })
-    }
-
-    /// Ends the shim: asks it, and kills it when it does not go.
-    async fn end_shim(&self, pod: &Pod) -> Result<()> {
+    /// Ends the shim: asks it, and kills it when it does not go. Whether it left nothing of the sandbox to its runtime.
+    async fn end_shim(&self, pod: &Pod) -> bool {
+        let mut forgotten = pod.whose == Whose::Ours;
         let asked = match pod.whose {
             Whose::Ours => {
                 let mut request = sandbox_api::ShutdownSandboxRequest::new();
@@ -161,20 +161,48 @@ impl ShimLauncher {
                 pod.client.call::<sandbox_api::ShutdownSandboxResponse>(SANDBOX_SERVICE, "ShutdownSandbox", &request, Some(END_LIMIT)).await.map(drop)
             }
             Whose::Foreign => {
-                let _ = self.delete_pause(pod).await;
-                let mut request = api::ShutdownRequest::new();
-                request.id = pod.id.as_str().to_owned();
-                request.now = true;
-                pod.client.task::<api::Empty>("Shutdown", &request).await.map(drop)
+                let asking = async {
+                    forgotten = match self.delete_pause(pod).await {
+                        Err(e) => e.kind == Kind::NotFound,
+                        Ok(()) => true,
+                    };
+                    let mut request = api::ShutdownRequest::new();
+                    request.id = pod.id.as_str().to_owned();
+                    request.now = true;
+                    pod.client.task::<api::Empty>("Shutdown", &request).await.map(drop)
+                };
+                let silent = |_| Err(Error::new(Kind::DeadlineExceeded, format!("end shim of pod {}: it does not answer", pod.id.short())));
+                tokio::time::timeout(END_LIMIT, asking).await.unwrap_or_else(silent)
             }
         };
         // A connection that broke while the shim went is the answer too.
         let refused = asked.err().filter(|e| e.kind != Kind::Unavailable);
+        if let Some(error) = &refused {
+            tracing::warn!(pod = %pod.id, shim = pod.shim_pid, %error, "the shim does not end itself, it is killed");
+        }
         if refused.is_some() || tokio::time::timeout(END_LIMIT, pod.shim.ended()).await.is_err() {
             pod.shim.kill(END_LIMIT).await;
         }
-        Ok(())
+        forgotten
     }
+}
+
+/// Notes another runtime's shim in its bundle.
+async fn note(dir: &std::path::Path, program: &std::path::Path, started: Option<&Started>) -> Result<()> {
+    let said = started.map(|started| (started.address.clone(), started.task.to_owned()));
+    let (dir, noted) = (dir.to_owned(), bundle::Noted { program: program.to_owned(), said });
+    blocking::run("note shim", move || noted.write(&dir)).await
+}
+
+/// Records a process of another runtime's in its bundle, as our shim does for itself: one that hangs can be killed by it.
+async fn record(dir: &std::path::Path, of: Of, pid: u32) -> Result<()> {
+    let dir = dir.to_owned();
+    let write = move || match Recorded::of(pid) {
+        Ok(process) => crate::disk::bundle::write(&dir, of, &Made { process: Some(process), cgroup: None }),
+        // It has ended: nothing to kill.
+        Err(_) => Ok(()),
+    };
+    blocking::run("record process", write).await
 }
 
 /// A failure with the name of the container, which the words of a shim or of a broken connection lack.
@@ -267,32 +295,26 @@ impl Launcher for ShimLauncher {
     }
 
     async fn delete_sandbox(&self, id: &PodId, handler: &str, sandbox: Option<&Sandbox>) -> Result<()> {
-        if self.known(id).is_none()
-            && let Some(sandbox) = sandbox.cloned().or_else(|| self.started(id))
-        {
-            // After a restart nobody may have asked for it yet. A shim that cannot be found has nothing to be asked.
-            let _ = self.find_again(id, handler, &sandbox).await;
-        }
+        self.find_or_kill(id, handler, sandbox).await;
         for container in self.bundled_containers(id)? {
-            let deleted = tokio::time::timeout(END_LIMIT, self.delete_task(id, &container)).await;
-            if deleted.is_err()
-                && let Some(pod) = self.known(id)
-            {
+            if let Some(pod) = self.known(id) {
+                if let Ok(deleted) = tokio::time::timeout(END_LIMIT, self.delete_task(id, &container)).await {
+                    deleted?;
+                    continue;
+                }
                 tracing::warn!(pod = %id, shim = pod.shim_pid, container = %container, "the shim does not answer, it is killed with its pod");
                 pod.shim.kill(END_LIMIT).await;
                 self.forget(id);
             }
-            match deleted {
-                Ok(deleted) => deleted?,
-                // Nobody is left to ask now.
-                Err(_) => self.delete_task(id, &container).await?,
-            }
+            // Nobody is left to ask now.
+            self.delete_task(id, &container).await?;
         }
+        let mut forgotten = false;
         if let Some(pod) = self.known(id) {
-            self.end_shim(&pod).await?;
+            forgotten = self.end_shim(&pod).await;
             self.forget(id);
         }
-        self.clean_up_lost(id, handler, sandbox).await?;
+        self.clean_up_lost(id, handler, forgotten).await?;
         let socket = self.layout.shim_socket(id);
         match std::fs::remove_file(&socket) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).act("remove", socket.display())?,

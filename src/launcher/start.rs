@@ -72,7 +72,7 @@ pub struct Started {
 pub async fn start(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit: Duration) -> Result<Started> {
     let what = || format!("start shim of pod {}", pod.short());
     let output = match program {
-        Program::Path(_) => run(program, pod, bundle, socket, limit, "start").await?,
+        Program::Path(_) => run(program, pod.as_str(), bundle, socket, limit, "start").await?,
         // Ours is the shim itself, and has no more to say once it serves.
         Program::Sealed(_) => match tokio::time::timeout(limit, serve(program, pod, bundle, socket)).await {
             Ok(output) => output.map_err(|e| e.within(what()))?,
@@ -84,7 +84,7 @@ pub async fn start(program: &Program, pod: &PodId, bundle: &Path, socket: &Path,
 
 /// Starts our shim and hears it out. It goes on when the daemon ends; while the daemon runs, tokio reaps what it left.
 async fn serve(program: &Program, pod: &PodId, bundle: &Path, socket: &Path) -> Result<Vec<u8>> {
-    let mut command = command(program, pod, bundle, socket);
+    let mut command = command(program, pod.as_str(), bundle, socket);
     command.arg("start").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().act("run", program.executable().display())?;
     let mut shim = Unheard(Some(child));
@@ -113,17 +113,25 @@ impl Drop for Unheard {
     }
 }
 
-/// Runs the `delete` verb in `bundle`: the cleaning up that only the runtime of a lost shim can do.
+/// Runs the `delete` verb for the container `id` in its `bundle`: the cleaning up that only the runtime of a lost shim can do.
 ///
 /// # Errors
 /// As [`start`].
-pub async fn delete(program: &Program, pod: &PodId, bundle: &Path, limit: Duration) -> Result<()> {
-    run(program, pod, bundle, Path::new(""), limit, "delete").await.map(drop)
+pub async fn delete(program: &Program, id: &str, bundle: &Path, limit: Duration) -> Result<()> {
+    // containerd's shims look for the bundle beside their working directory, by the id, and ours of a sandbox has another name.
+    let named = bundle.with_file_name(id);
+    let alias = named != bundle && std::os::unix::fs::symlink(bundle, &named).is_ok();
+    let result = run(program, id, bundle, Path::new(""), limit, "delete").await.map(drop);
+    if alias {
+        // What is left of it goes with the pod's directory.
+        let _ = std::fs::remove_file(&named);
+    }
+    result
 }
 
-fn command(program: &Program, pod: &PodId, bundle: &Path, socket: &Path) -> Command {
+fn command(program: &Program, id: &str, bundle: &Path, socket: &Path) -> Command {
     let mut command = Command::new(program.executable());
-    command.current_dir(bundle).args(["-namespace", NAMESPACE, "-id", pod.as_str(), "-address", ""]);
+    command.current_dir(bundle).args(["-namespace", NAMESPACE, "-id", id, "-address", ""]);
     match program {
         Program::Sealed(_) => {
             command.arg0("containerd-shim-mesocri-v1").env_clear().env(SOCKET_VARIABLE, socket);
@@ -137,13 +145,13 @@ fn command(program: &Program, pod: &PodId, bundle: &Path, socket: &Path) -> Comm
     command
 }
 
-async fn run(program: &Program, pod: &PodId, bundle: &Path, socket: &Path, limit: Duration, verb: &str) -> Result<Vec<u8>> {
-    let mut command = command(program, pod, bundle, socket);
+async fn run(program: &Program, id: &str, bundle: &Path, socket: &Path, limit: Duration, verb: &str) -> Result<Vec<u8>> {
+    let mut command = command(program, id, bundle, socket);
     if verb == "delete" {
         command.arg("-bundle").arg(bundle);
     }
     command.arg(verb).stdin(Stdio::null()).kill_on_drop(true);
-    let what = || format!("{verb} shim of pod {}", pod.short());
+    let what = || format!("{verb} shim of {id}");
     let output = match tokio::time::timeout(limit, command.output()).await {
         Ok(output) => output.act("run", program.executable().display()).map_err(|e| e.within(what()))?,
         Err(_) => return Err(Error::new(Kind::DeadlineExceeded, what())),

@@ -133,6 +133,7 @@ impl ShimLauncher {
         match asked {
             Err(e) if e.kind == Kind::Unavailable => {
                 // The shim is gone: kill what it recorded, remove the cgroup, ourselves.
+                self.forget_lost(pod, id.as_str(), &dir).await;
                 let dir = dir.clone();
                 blocking::run("clean up lost container", move || end_made(&bundle::made(&dir)?)).await?;
             }
