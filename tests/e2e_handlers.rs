@@ -129,6 +129,35 @@ async fn a_hung_shim_of_runc_is_ended_with_its_pod() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn a_pod_outlives_its_handler_and_is_removed_completely() {
+    let mut node = node_with("runc").await;
+    let mut shims = Vec::new();
+    let mut ids = Vec::new();
+    for name in ["kept", "damaged"] {
+        let config = pod(&node, name);
+        let id = node.run_pod_on("runc", &config).await.unwrap();
+        let container = node.launch(&id, &config, &shell("c", "exec sleep 1000")).await;
+        shims.extend(shims_of(&id));
+        ids.push((id, container));
+    }
+    assert_eq!(shims.len(), 2, "{shims:?}");
+    node.kill_daemon();
+    let [(kept, container), (damaged, _)] = &ids[..] else { unreachable!() };
+    std::fs::write(node.root().join("pods").join(damaged).join("pod.json"), "{").unwrap();
+    node.extra_config.clear();
+    node.start_daemon(&[]);
+    let handlers = node.runtime().status(api::StatusRequest::default()).await.unwrap().into_inner().runtime_handlers;
+    assert!(handlers.iter().all(|h| h.name != "runc"), "{handlers:?}");
+    assert!(shims_of(damaged).is_empty(), "the record is in quarantine, nothing of the pod may run");
+    assert_eq!(node.status(container).await.unwrap().state, api::ContainerState::ContainerRunning as i32);
+    node.stop_pod(kept).await.unwrap();
+    node.remove_pod(kept).await.unwrap();
+    assert!(node.pods().await.is_empty());
+    assert!(shims_of(kept).is_empty() && shims_of(damaged).is_empty());
+    node.finish();
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn a_pod_lives_under_runc() {
     a_pod_lives_under("runc").await;
 }

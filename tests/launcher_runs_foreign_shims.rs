@@ -198,6 +198,29 @@ async fn a_hung_shim_ends_with_its_pod_after_a_restart() {
     a_hung_shim_ends_with_its_pod(true, true).await;
 }
 
+/// The configuration has lost the handler; with a damaged record the pod's name for it is lost too.
+#[tokio::test]
+async fn a_pod_whose_handler_is_gone_can_be_found_and_removed() {
+    for (handler, hung) in [("runc", false), ("runc", true), ("", false), ("", true)] {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut bench = bench("runc", scratch.path()).await;
+        let sandbox = pod_of(&bench, true).await;
+        bench.config.handlers.clear();
+        bench.launcher = bench.second_launcher();
+        assert_eq!(bench.launcher.handlers(), ["mesocri"]);
+        if hung {
+            hang(sandbox.shim_pid);
+        } else if !handler.is_empty() {
+            bench.launcher.reattach(&bench.pod, handler, &sandbox).await.unwrap();
+            bench.launcher.stop_sandbox(&bench.pod).await.unwrap();
+        }
+        let recorded = (!handler.is_empty()).then_some(&sandbox);
+        let deleting = bench.launcher.delete_sandbox(&bench.pod, handler, recorded);
+        tokio::time::timeout(PATIENCE, deleting).await.expect("within the containerizer's patience").unwrap();
+        nothing_is_left(&bench, &sandbox, scratch.path());
+    }
+}
+
 /// A number that the kernel gave to somebody else meanwhile.
 #[tokio::test]
 async fn a_process_that_is_not_the_shim_any_more_is_left_alone() {
