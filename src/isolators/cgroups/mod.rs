@@ -98,7 +98,7 @@ impl Cgroups {
         failpoint::hit("cgroups.parent_made");
         // Another pod's call may have made it on some hierarchies, and not have marked it yet.
         parent.mark_removable();
-        std::fs::remove_file(&note).act("remove", note.display())?;
+        forget(&note)?;
         made
     }
 
@@ -115,7 +115,7 @@ impl Cgroups {
             parent.mark_removable();
             parent.remove_if_empty();
         }
-        std::fs::remove_file(&note).act("remove", note.display())
+        forget(&note)
     }
 
     fn place(&self, pod_id: &PodId, pod: &PodSpec) -> Result<PodPlace> {
@@ -257,6 +257,14 @@ impl Cgroups {
             }
         }
         Ok(())
+    }
+}
+
+/// Removes a note; the call of another pod may have done so.
+fn forget(note: &Path) -> Result<()> {
+    match std::fs::remove_file(note) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).act("remove", note.display()),
+        _ => Ok(()),
     }
 }
 

@@ -164,6 +164,24 @@ async fn a_parent_made_before_a_crash_goes_with_its_last_pod() {
     }
 }
 
+#[test]
+fn pods_made_at_once_share_the_parent_and_its_note() {
+    let case = Case::new("at-once");
+    for _ in 0..20 {
+        let paths = [0, 1, 2].map(|n| format!("{}/{n}", case.parent().path()));
+        std::thread::scope(|scope| {
+            for made in paths.iter().map(|path| scope.spawn(|| case.isolator.make_pod_group(path))).collect::<Vec<_>>() {
+                made.join().unwrap().unwrap();
+            }
+        });
+        assert!(!case.bench.deps.layout.own_cgroup_parent().exists());
+        for path in &paths {
+            Manager::open(path).unwrap().delete().unwrap();
+        }
+        assert!(!case.parent().exists());
+    }
+}
+
 #[tokio::test]
 async fn bad_parents_and_limits_are_refused() {
     let mut case = Case::new("bad");
