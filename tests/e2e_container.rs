@@ -179,11 +179,12 @@ async fn an_unfinished_last_line_is_in_the_log_of_a_container_that_leaves_proces
     config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut().unwrap().pid = api::NamespaceMode::Pod.into();
     let id = node.run_pod(&config).await.unwrap();
     for held in [false, true] {
-        let script = "sleep 1000 & printf done; printf error >&2; trap 'exit 0' TERM; while :; do sleep 0.02; done";
+        let script = "trap 'exit 0' TERM; sleep 1000 & printf done; printf error >&2; touch /tmp/ready; while :; do sleep 0.02; done";
         let mut container = shell(if held { "held" } else { "free" }, script);
         container.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options.as_mut().unwrap().pid = api::NamespaceMode::Pod.into();
         let container = node.launch(&id, &config, &container).await;
         let pid = node.process_of(&container).await.unwrap().0;
+        host::wait_until("both lines are begun", || std::path::Path::new(&format!("/proc/{pid}/root/tmp/ready")).exists());
         // Somebody whom the container's end does not end has them open: there is no end of file.
         let holders: Vec<_> = (1..=2).filter(|_| held).map(|fd| std::fs::File::options().append(true).open(format!("/proc/{pid}/fd/{fd}")).unwrap()).collect();
         node.stop_container(&container, 20).await.unwrap();
