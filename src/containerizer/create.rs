@@ -278,7 +278,7 @@ impl Owner {
 
     fn image_volumes(&self, spec: &ContainerSpec) -> BTreeMap<String, String> {
         let volumes = spec.mounts.iter().filter_map(|m| Some((m, m.image.as_ref()?)));
-        volumes.filter_map(|(m, v)| Some((m.container_path.clone(), image_ref(&*self.parts.images.resolve(&v.image)?)))).collect()
+        volumes.filter_map(|(m, v)| Some((m.container_path.clone(), self.parts.images.resolve(&v.image)?.id.to_string()))).collect()
     }
 
     /// The lane has made a container, or not.

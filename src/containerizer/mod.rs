@@ -102,7 +102,7 @@ pub struct Container {
     pub stop_signal: i32,
     /// Uid, gid and groups given to the first process.
     pub user: (u32, u32, Vec<u32>),
-    /// Digest or id of image volumes by container path.
+    /// Ids of the images of volumes, as PullImage gives them, by container path.
     pub image_volumes: BTreeMap<String, String>,
     /// Error text of the last failed operation; empty is normal.
     pub message: String,
